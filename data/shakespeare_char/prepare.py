@@ -1,0 +1,19 @@
+"""
+Shakespeare (1.1 MB), one token per character: 1,003,854 tokens to train on, 111,540 to validate, 65 characters.
+
+  python data/shakespeare_char/prepare.py
+"""
+
+import os
+import sys
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.join(here, '..', '..'), os.path.join(here, '..')]
+
+import tinyshakespeare  # noqa: E402
+from configurator import report_errors  # noqa: E402
+from tokenizer import Chars, write_data  # noqa: E402
+
+report_errors()
+splits = tinyshakespeare.splits(here)
+write_data(here, Chars(sorted(set(splits['train'][0] + splits['val'][0]))), splits, tinyshakespeare.URL)

@@ -1,0 +1,118 @@
+"""
+Continue a text with a trained model; the text streams to the terminal as it is drawn.
+
+  python sample.py --out_dir=out-quickstart --start="def main("
+  python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=4
+"""
+
+import codecs
+import os
+import sys
+import time
+
+import torch
+
+import checkpoint
+import hardware
+import tokenizer
+from configurator import InputError, configure
+from model import GPT, GPTConfig
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model
+init_from = 'resume'  # 'resume' (out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json
+# ... and model.safetensors
+out_dir = 'out'  # its best.pt if there is one, else its ckpt.pt
+dataset = ''  # take the tokenizer of data/<dataset>; '': the checkpoint's own
+# text
+start = '\n'  # the text to continue, or FILE:path
+num_samples = 10  # drawn as one batch
+max_new_tokens = 500  # in each sample
+temperature = 0.8  # 0: always the likeliest token; 1: as the model has it; above: more random
+top_k = 200  # draw among the k likeliest tokens; 0: all
+top_p = 1.0  # draw among the likeliest tokens that together have this probability
+window_step: int | None = None  # beyond block_size, by how many tokens the context moves at once: 1 computes it anew for
+# ... every token, as nanoGPT does; None: 1 if the output is greedy, else block_size / 8, which is several times faster
+seed = 1337
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
+compile = False  # torch.compile
+# ----------------------------------------------------------------------------------------------------------------------
+config, given = configure(globals())
+
+for key in ('num_samples', 'max_new_tokens'):
+    if config[key] < 1:
+        raise InputError(f'{key}={config[key]} must be at least 1')
+if temperature < 0 or not 0 < top_p <= 1:
+    raise InputError(f'temperature={temperature} must be at least 0, and top_p={top_p} in (0, 1]')
+device = hardware.find_device(device)
+hardware.prepare(device)
+
+# model and tokenizer
+described = None
+if init_from == 'resume':
+    path = os.path.join(out_dir, 'best.pt')
+    path = path if os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
+    saved = checkpoint.load(path)
+    args = saved['model_args']
+    attn_backend = hardware.find_attn_backend('auto', device, 'bfloat16', args.get('block_size', 0))
+    model = GPT(GPTConfig.from_saved(args, dropout=0.0, attn_backend=attn_backend))
+    checkpoint.load_weights(model, saved['model'], path)
+    described = saved.get('tokenizer')
+    if described is None:  # nanoGPT's checkpoints name only the dataset
+        dataset = dataset or saved.get('config', {}).get('dataset', '')
+else:
+    path = init_from
+    model = GPT.from_pretrained(init_from)
+if dataset:
+    described = tokenizer.read_meta(os.path.join('data', dataset))['tokenizer']
+elif described is None:
+    described = tokenizer.GPT2
+text = tokenizer.from_dict(described)
+if text.vocab_size > model.config.vocab_size:
+    raise InputError(f'{path} has {model.config.vocab_size} ids, the tokenizer {described["kind"]} {text.vocab_size}: set '
+                     f'dataset to the folder in data/ that the model was trained on')
+model.config.n_ids = min(model.config.n_ids, text.vocab_size)
+model.eval().to(device)
+dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
+if compile:
+    model.hidden = torch.compile(model.hidden, dynamic=True)
+
+# prompt
+if start.startswith('FILE:'):
+    try:
+        with open(start[5:], encoding='utf-8') as f:
+            start = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f'start={start}: {e}') from None
+ids = text.encode(start) or ([text.eot] if text.eot is not None else [])
+if not ids:
+    raise InputError('start is empty, and this tokenizer has no token to begin a text with: give at least a character')
+prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
+greedy = temperature == 0 or top_k == 1
+if window_step is None:
+    window_step = 1 if greedy else max(1, model.config.block_size // 8)
+if not 1 <= window_step <= model.config.block_size:
+    raise InputError(f'window_step={window_step} must be from 1 to block_size={model.config.block_size}')
+
+# draw: all samples in one batch, of which the first streams to the terminal
+generator = torch.Generator(device).manual_seed(seed)
+decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a token may end inside a character
+print(start, end='', flush=True)
+new, began = [], time.perf_counter()
+with hardware.autocast(device, dtype):
+    for next_ids in model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, window_step, generator):
+        new.append(next_ids)
+        token = next_ids[0].item()
+        if token != text.eot:
+            print(decoder.decode(text.to_bytes([token])), end='', flush=True)
+seconds = time.perf_counter() - began
+print(decoder.decode(b'', final=True))
+print('---------------')
+for row in torch.stack(new, dim=1)[1:].tolist():
+    row = row[:row.index(text.eot)] if text.eot in row else row
+    print(start + text.decode(row))
+    print('---------------')
+print(f'{len(new) * num_samples:,} tokens in {seconds:.2f} s: {len(new) * num_samples / seconds:.0f} tok/s ({dtype}); the '
+      f'context beyond {model.config.block_size} tokens moves {window_step} at a time', file=sys.stderr)

@@ -1,0 +1,432 @@
+"""
+Train or finetune a GPT on one GPU, on several, or on a CPU.
+
+  python train.py config/quickstart.py
+  python train.py config/train_shakespeare_char.py --batch_size=32
+  torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
+"""
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import hardware
+import optim
+import tokenizer
+from configurator import InputError, configure, describe, inherit
+from loader import Tokens, TrainBatches, eval_batches
+from model import GPT, GPTConfig
+
+# ----------------------------------------------------------------------------------------------------------------------
+# output
+out_dir = 'out'  # checkpoints and log.jsonl are written here
+init_from = 'scratch'  # 'scratch', 'resume' (out_dir/ckpt.pt), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a
+# ... folder with config.json and model.safetensors
+eval_interval = 2000  # steps between evaluations
+eval_iters = 200  # batches of each split that an evaluation reads
+eval_only = False  # evaluate once and exit
+always_save_checkpoint = True  # at every evaluation; False: only when the validation loss is the lowest so far
+log_interval = 1  # steps between log lines
+sample_tokens = 0  # at the end, print a sample of so many tokens
+sample_start = '\n'  # what that sample begins with
+# Weights & Biases
+wandb_log = False  # besides log.jsonl
+wandb_project = 'soloGPT'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'pystdlib'  # the folder data/<dataset>
+prepare_data = False  # run data/<dataset>/prepare.py if its token files are missing
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # tokens in a sequence
+total_batch_size: int | None = None  # tokens in a step; gradient_accumulation_steps follows
+gradient_accumulation_steps: int | None = None  # micro-batches in a step, all processes together; None: from
+# ... total_batch_size, or 40
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+bias = False  # in LayerNorms and Linears
+# optimizer
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # steps
+max_minutes = 0.0  # stop after so many minutes of wall-clock time; 0: no limit
+patience = 0  # stop after so many evaluations without a lower validation loss; 0: never
+weight_decay = 1e-1  # of matrices
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: any
+# learning rate
+decay_lr = True  # False: learning_rate throughout
+warmup_iters = 2000  # steps of linear warm-up
+lr_decay_iters: int | None = None  # steps until min_lr; None: max_iters
+min_lr: float | None = None  # None: learning_rate / 10
+# machine
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # of matmuls: 'float32', 'bfloat16' or 'float16' (with loss scaling)
+tf32 = True  # on a GPU, float32 matmuls may round their inputs to TF32
+attn_backend = 'auto'  # 'sdpa' (torch's fused kernels) or 'math' (matmul, softmax, matmul)
+compile: bool | str = 'auto'  # torch.compile; 'auto': on a GPU where it works
+peak_flops: float | None = None  # FLOP/s that MFU is measured against; None: the datasheet's, or measured
+backend: str | None = None  # torch.distributed's, with torchrun; None: nccl on GPUs, gloo on CPUs
+seed = 1337  # of initial weights, data order and dropout
+# ----------------------------------------------------------------------------------------------------------------------
+config, given = configure(globals())
+
+ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+resumed = None
+if init_from == 'resume':
+    ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+    resumed = checkpoint.load(ckpt_path)
+    saved = resumed.get('config', {}) | {k: resumed['model_args'][k] for k in ARCHITECTURE if k in resumed['model_args']}
+    for key in ARCHITECTURE:
+        if key in given and config[key] != saved.get(key, config[key]):
+            raise InputError(f'{ckpt_path} has {key}={saved[key]}, but this run asks for {config[key]}: leave {key} out, '
+                             f'or train from scratch in another out_dir')
+    inherit(globals(), config, given, saved, ckpt_path,
+            except_keys=('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend', 'peak_flops'))
+for key in ('eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'block_size', 'max_iters'):
+    if config[key] < 1:
+        raise InputError(f'{key}={config[key]} must be at least 1')
+
+# processes: one, or torchrun's
+ddp = 'RANK' in os.environ
+rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+master = rank == 0
+device = hardware.find_device(device)
+if ddp and device.type == 'cuda':
+    device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    torch.cuda.set_device(device)
+tokens_per_micro_batch = batch_size * block_size
+if gradient_accumulation_steps is None:
+    gradient_accumulation_steps = -(-total_batch_size // tokens_per_micro_batch) if total_batch_size else 40
+if total_batch_size and gradient_accumulation_steps * tokens_per_micro_batch != total_batch_size:
+    raise InputError(f'total_batch_size={total_batch_size} tokens is not {gradient_accumulation_steps} micro-batches of '
+                     f'batch_size x block_size = {tokens_per_micro_batch} tokens: change batch_size or total_batch_size')
+if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
+    raise InputError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided among {world_size} '
+                     f'processes: make it a multiple of {world_size}')
+micro_steps = gradient_accumulation_steps // world_size  # per process
+tokens_per_iter = gradient_accumulation_steps * tokens_per_micro_batch
+lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+min_lr = learning_rate / 10 if min_lr is None else min_lr
+
+# machine
+started = time.perf_counter()
+hardware.prepare(device, tf32)
+if dtype == 'auto' and resumed and resumed.get('dtype', {}).get(device.type):
+    dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
+dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, n_embd, 4 * n_embd))
+attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
+compile_reason = ''
+if compile == 'auto':
+    compile, compile_reason = hardware.can_compile(device)
+elif isinstance(compile, str):
+    raise InputError(f'compile={compile!r} must be auto, True or False')
+if ddp:
+    backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
+    dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device.type == 'cuda' else backend)
+if master and not eval_only:
+    checkpoint.check_writable(out_dir)
+
+# data
+data_dir = os.path.join('data', dataset)
+if prepare_data and master and not os.path.exists(os.path.join(data_dir, 'meta.json')):
+    print(f'preparing {data_dir} ...', flush=True)
+    if subprocess.run([sys.executable, os.path.join(data_dir, 'prepare.py')]).returncode:
+        raise InputError(f'python {data_dir}/prepare.py failed')
+if ddp:
+    dist.barrier()
+if not os.path.isdir(data_dir):
+    raise InputError(f'no data in {data_dir}: run python data/{dataset}/prepare.py, or set dataset to a folder in data/')
+meta = tokenizer.read_meta(data_dir)
+if resumed and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+    raise InputError(f'{ckpt_path} was trained with another tokenizer than that of {data_dir}')
+
+# model
+torch.manual_seed(seed)
+how = dict(dropout=dropout, attn_backend=attn_backend)
+if resumed:
+    model = GPT(GPTConfig.from_saved(resumed['model_args'], **how))
+    checkpoint.load_weights(model, resumed['model'], ckpt_path)
+elif init_from == 'scratch':
+    gpt2_ids = meta['vocab_size'] == 50257  # as nanoGPT, GPT-2's vocabulary is padded for the matmul's sake
+    model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias,
+                          vocab_size=tokenizer.GPT2_VOCAB_PADDED if gpt2_ids else meta['vocab_size'],
+                          n_ids=meta['vocab_size'], **how))
+else:
+    if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != 50257:
+        raise InputError(f'{init_from} needs tokens of GPT-2\'s tokenizer, {data_dir} has {meta["vocab_size"]} ids: use '
+                         f'another dataset, or prepare it with gpt2')
+    model = GPT.from_pretrained(init_from, how)
+    for key in ARCHITECTURE:
+        if key in given and key != 'block_size' and config[key] != getattr(model.config, key):
+            raise InputError(f'{init_from} has {key}={getattr(model.config, key)}, but this run asks for {config[key]}: '
+                             f'leave {key} out')
+    if block_size > model.config.block_size:
+        raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions')
+    model.crop_block_size(block_size)
+model.to(device)
+if model.config.vocab_size < meta['vocab_size'] and os.path.exists(os.path.join(data_dir, 'meta.json')):
+    raise InputError(f'{data_dir} has {meta["vocab_size"]} ids, the model only {model.config.vocab_size}')
+config |= {key: getattr(model.config, key) for key in ARCHITECTURE}
+
+n_ids = min(meta['vocab_size'], model.config.vocab_size)
+train_tokens, val_tokens = (Tokens(data_dir, split, meta, block_size, n_ids) for split in ('train', 'val'))
+batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
+
+optimizer = optim.adamw(model, weight_decay, (beta1, beta2))
+scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 15, enabled=dtype == 'float16')
+iter_num, best_val_loss, best_iter, last_eval, evals_since_best, past_seconds, wandb_id = 0, math.inf, 0, -1, 0, 0.0, None
+if resumed:
+    iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
+    best_iter, last_eval = resumed.get('best_iter', iter_num), resumed.get('last_eval', -1)
+    evals_since_best, past_seconds = resumed.get('evals_since_best', 0), resumed.get('train_seconds', 0.0)
+    wandb_id = resumed.get('wandb_id')
+    try:
+        optim.load_state(optimizer, resumed['optimizer'])
+    except (KeyError, ValueError) as e:
+        raise InputError(f'{ckpt_path}: the optimizer\'s state does not fit this model: {e}') from None
+    if resumed.get('scaler') and scaler.is_enabled():
+        scaler.load_state_dict(resumed['scaler'])
+    resumed = True  # frees the checkpoint
+    if iter_num >= max_iters and not eval_only:
+        raise InputError(f'{ckpt_path} is at iter {iter_num} of max_iters={max_iters}: there is nothing left to do')
+
+raw_model = model
+eval_loss = raw_model.loss
+if compile:
+    model.compile()
+    eval_loss = torch.compile(raw_model.loss)
+if ddp:
+    model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+autocast = hardware.autocast(device, dtype)
+
+# header
+flops_per_token = raw_model.flops_per_token(block_size)
+peak, peak_source = hardware.peak_flops(device, dtype, peak_flops, tf32)
+n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+if master:
+    print(f'{describe(config, given)}\n'
+          f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
+          f'{attn_backend}; ' + ('compiled (takes a minute)' if compile else f'eager ({compile_reason or "as asked"})') +
+          f'\npeak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
+          f'data: {data_dir}, {train_tokens.n_tokens:,} + {val_tokens.n_tokens:,} tokens, vocabulary {n_ids}\n'
+          f'model: {init_from}, {raw_model.n_params():,} parameters, {n_trained:,} trained; '
+          f'{flops_per_token / 1e6:.4g} MFLOPs per token\n'
+          f'tokens per iteration will be: {tokens_per_iter:,} = {batch_size} sequences x {block_size} tokens x '
+          f'{micro_steps} accumulated x {world_size} processes; {max_iters:,} iterations are '
+          f'{batches.epoch(max_iters):.2f} epochs', flush=True)
+
+# log: a line of JSON per console line, the first with what stays the same; a resumed run drops what it will do again
+log_file, wandb_run = None, None
+if master and not eval_only:
+    log_path, lines = os.path.join(out_dir, 'log.jsonl'), []
+    if resumed and os.path.exists(log_path):
+        with open(log_path, encoding='utf-8') as f:
+            lines = [line for line in f if (at := json.loads(line).get('iter', -1)) < iter_num
+                     or at == iter_num == last_eval and '"val_loss"' in line]
+    log_file = open(log_path, 'w', encoding='utf-8')
+    log_file.writelines(lines or [json.dumps({
+        'config': config, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
+        'parameters': raw_model.n_params(), 'trained': n_trained, 'flops_per_token': flops_per_token,
+        'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter}) + '\n'])
+    if wandb_log:
+        try:
+            import wandb
+            wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id,
+                                   resume='allow' if wandb_id else None)
+        except Exception as e:  # not installed, not logged in, no network: all before the first step
+            raise InputError(f'wandb_log=True, but W&B does not start ({e}): pip install wandb; wandb login; or set '
+                             f'WANDB_MODE=offline') from None
+        wandb_id = wandb_run.id
+
+
+def log(record, wandb_record):
+    if log_file:
+        log_file.write(json.dumps(record) + '\n')
+        log_file.flush()
+    if wandb_run:
+        wandb_run.log({'iter': record['iter'], **wandb_record})
+
+
+@torch.no_grad()
+def evaluate():
+    """Mean loss over the same tokens every time, of each split."""
+    raw_model.eval()
+    losses = {}
+    for split, tokens in (('train', train_tokens), ('val', val_tokens)):
+        total, n = 0.0, 0
+        for x, y in eval_batches(tokens, batch_size, eval_iters, device):
+            with autocast:
+                total, n = total + eval_loss(x, y), n + 1
+        losses[split] = (total / n).item()
+    raw_model.train()
+    return losses
+
+
+def save(best):
+    if best_val_loss == math.inf:
+        checkpoint.drop_best(out_dir)
+    print(f'saving checkpoint to {out_dir}')
+    checkpoint.save(out_dir, {
+        'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+        'model_args': raw_model.config.to_save(), 'config': config, 'tokenizer': meta['tokenizer'],
+        'dtype': {device.type: dtype}, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
+        'last_eval': last_eval, 'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,
+        'wandb_id': wandb_id}, best)
+
+
+def check_finite(val_loss=0.0):
+    """Raises before anything worse is saved. Waits for the device."""
+    bad = iter_num if not math.isfinite(val_loss) else int(first_bad) if first_bad.isfinite() else None
+    if bad is not None:
+        raise InputError(f'the loss is not finite at iter {bad}: stopped; a checkpoint in {out_dir} is from before that. '
+                         f'Try a lower learning_rate, a longer warm-up, or dtype=float32')
+
+
+def any_process(flag):
+    """True everywhere if it is True anywhere, so that all processes stop at the same step."""
+    if ddp:
+        flag = torch.tensor(int(flag))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+# the first Ctrl-C (or SIGTERM) stops the run at the end of a step, with a checkpoint; the second at once
+interrupted = False
+
+
+def interrupt(signum, frame):
+    global interrupted
+    interrupted = True
+    signal.signal(signum, signal.SIG_DFL)
+    if master:
+        print('\nstopping after this step (once more: at once)', flush=True)
+
+
+signal.signal(signal.SIGINT, interrupt)
+signal.signal(signal.SIGTERM, interrupt)
+
+clock = hardware.StepClock(device)
+first_bad = torch.full((), math.inf, device=device)  # the first step whose loss was not finite
+first_iter, laps, lap_start = iter_num, [], iter_num
+x, y = batches.get(iter_num, 0, device)
+# ----------------------------------------------------------------------------------------------------------------------
+# TRAINING SECTION BEGIN
+while True:
+    lr = optim.cosine(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+
+    # evaluate and save
+    if any_process(interrupted):
+        if master and not eval_only and iter_num > first_iter:
+            check_finite()
+            save(best=False)
+            print(f'stopped at iter {iter_num}; go on with --init_from=resume --out_dir={out_dir}')
+        break
+    out_of_time = max_minutes and any_process(time.perf_counter() - started > 60 * max_minutes)
+    finished = iter_num >= max_iters or out_of_time
+    if eval_only or (finished or iter_num % eval_interval == 0) and iter_num != last_eval:
+        clock.stop()
+        if master:
+            losses = evaluate()
+            check_finite(losses['val'])
+            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
+            last_eval = iter_num
+            log({'iter': iter_num, 'tokens': iter_num * tokens_per_iter, 'train_loss': losses['train'],
+                 'val_loss': losses['val'], 'lr': lr, 'seconds': past_seconds + clock.total},
+                {'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr})
+            if iter_num > 0 and not eval_only:
+                best = losses['val'] < best_val_loss
+                if best:
+                    best_val_loss, best_iter = losses['val'], iter_num
+                evals_since_best = 0 if best else evals_since_best + 1
+                if best or always_save_checkpoint:
+                    save(best)
+    if finished or eval_only or patience and any_process(evals_since_best >= patience):
+        break
+
+    # forward, backward, update
+    clock.start()
+    # dropout follows from the step and the process, so that a resumed run needs no saved random state
+    hardware.seed(device, (seed << 32) + iter_num * world_size + rank)
+    step_loss = torch.zeros((), device=device)
+    for micro_step in range(micro_steps):
+        if ddp:  # gradients are averaged over the processes once, after the last micro-batch
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
+        try:
+            with autocast:
+                _, loss = model(x, y)
+            # the next batch, while the device computes
+            x, y = batches.get(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps, device)
+            scaler.scale(loss / micro_steps).backward()
+        except torch.OutOfMemoryError:
+            raise InputError(f'out of GPU memory with batch_size={batch_size}: try --batch_size={max(1, batch_size // 2)} '
+                             f'--gradient_accumulation_steps={2 * gradient_accumulation_steps}, the same tokens per step'
+                             ) from None
+        step_loss += loss.detach() / micro_steps
+    grad_norm = None
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    first_bad = torch.where(step_loss.isfinite(), first_bad, first_bad.clamp(max=iter_num))
+    # TRAINING SECTION END: what follows only reports
+
+    if iter_num % log_interval == 0 or iter_num == first_iter:
+        if ddp:
+            dist.all_reduce(step_loss)
+            step_loss /= world_size
+        check_finite()
+        seconds = clock.lap(count=iter_num > first_iter) / (iter_num + 1 - lap_start)  # the first step warms up
+        lap_start = iter_num + 1
+        if iter_num > first_iter:
+            laps.append(seconds)
+        speed = tokens_per_iter / seconds
+        mfu = flops_per_token * speed / (peak * world_size)
+        memory = hardware.peak_memory_gb(device)
+        if master and iter_num % log_interval == 0:
+            minutes = (max_iters - iter_num - 1) * seconds / 60
+            print(f'iter {iter_num}: loss {step_loss.item():.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
+                  f'tok/s {speed / 1000:.1f}k, lr {lr:.1e}, mem {memory:.1f}GB, '
+                  f'eta {int(minutes // 60)}h{int(minutes % 60):02d}m', flush=True)
+            norm = None if grad_norm is None else grad_norm.item()
+            log({'iter': iter_num, 'loss': step_loss.item(), 'lr': lr, 'time_ms': seconds * 1000, 'tokens_per_s': speed,
+                 'mfu': mfu, 'grad_norm': norm, 'memory_gb': memory, 'tokens': (iter_num + 1) * tokens_per_iter},
+                {'train/step_loss': step_loss.item(), 'lr': lr, 'mfu': mfu * 100, 'tokens_per_s': speed})
+    iter_num += 1
+
+# ----------------------------------------------------------------------------------------------------------------------
+if master and laps:
+    seconds = statistics.median(laps)
+    print(f'{iter_num - first_iter:,} iterations, {(iter_num - first_iter) * tokens_per_iter:,} tokens, '
+          f'{clock.total:.1f} s of training: median {seconds * 1000:.2f} ms per iteration, '
+          f'{tokens_per_iter / seconds / 1000:.1f}k tok/s, mfu '
+          f'{flops_per_token * tokens_per_iter / seconds / (peak * world_size) * 100:.1f}%; '
+          + (f'lowest val loss {best_val_loss:.4f} at iter {best_iter}' if best_iter else 'no checkpoint evaluated'))
+if master and sample_tokens and not interrupted:
+    raw_model.eval()
+    text = tokenizer.from_dict(meta['tokenizer'])
+    with autocast:
+        ids = raw_model.generate(torch.tensor([text.encode(sample_start)], device=device), sample_tokens,
+                                 temperature=0.8, top_k=200, window_step=max(1, block_size // 8))
+    print(f'{"-" * 40} a sample {"-" * 40}\n{text.decode(ids[0].tolist())}')
+if wandb_run:
+    wandb_run.finish()
+if ddp:
+    dist.barrier()
+    dist.destroy_process_group()
