@@ -18,7 +18,7 @@ from configurator import InputError
 
 
 def save(out_dir, checkpoint, best):
-    """Write out_dir/ckpt.pt; if `best`, out_dir/best.pt is the same file. Raises InputError when it cannot be written."""
+    """Write out_dir/ckpt.pt; if `best`, out_dir/best.pt is the same file. Raises InputError if it cannot."""
     path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
     try:
         with open(path + '.tmp', 'wb') as f:
@@ -54,7 +54,7 @@ def drop_best(out_dir):
 
 
 def check_writable(out_dir):
-    """Make out_dir and see that files can be written there, before the run rather than at its first checkpoint."""
+    """Make out_dir and see that files can be written there: before the run, not at its first checkpoint."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         probe = os.path.join(out_dir, '.writable')
@@ -75,13 +75,11 @@ def load(path):
         raise InputError(f'no checkpoint {path}: train first, or set out_dir to a folder that has one')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        if 'Unsupported' in str(e) or 'not an allowed global' in str(e) or 'GLOBAL' in str(e):
+    except Exception as e:  # what torch raises for a damaged file is not documented
+        if isinstance(e, pickle.UnpicklingError) and 'GLOBAL' in str(e):
             raise InputError(f'{path} holds more than tensors and plain values, and loading it could run code: '
                              f'not loaded') from None
-        raise InputError(f'{path} is damaged or no checkpoint: {str(e).splitlines()[0][:100]}') from None
-    except Exception as e:  # what torch raises for a damaged file is not documented
-        raise InputError(f'{path} is damaged or no checkpoint: {str(e).splitlines()[0][:100]}') from None
+        raise InputError(f'{path} is damaged or no checkpoint ({type(e).__name__})') from None
     for key, kind in (('model', dict), ('model_args', dict), ('iter_num', int)):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise InputError(f'{path} is not a soloGPT or nanoGPT checkpoint: it has no {key!r}')
@@ -131,5 +129,5 @@ def _download(name):
     try:
         return {file: hf_hub_download(repository, file) for file in ('config.json', 'model.safetensors')}
     except Exception as e:  # huggingface_hub's errors, and those of the HTTP library under it
-        raise InputError(f'{name!r} is no local folder, and downloading {repository} failed ({type(e).__name__}): connect '
-                         f'to the network, or give a folder with config.json and model.safetensors') from None
+        raise InputError(f'{name!r} is no local folder, and downloading {repository} failed ({type(e).__name__}): '
+                         f'connect to the network, or give a folder with config.json and model.safetensors') from None

@@ -115,7 +115,8 @@ def find_dtype(name, device, shape=None):
             raise InputError('dtype=float16: this CPU has no float16 arithmetic: use bfloat16 or float32')
         if name == 'auto':
             gain = _linear_seconds(torch.float32, *shape) / _linear_seconds(torch.bfloat16, *shape)
-            return 'bfloat16' if gain >= 1.2 else 'float32', f'a Linear is {gain:.1f}x as fast in bfloat16 as in float32'
+            why = f'a Linear is {gain:.1f}x as fast in bfloat16 as in float32'
+            return ('bfloat16' if gain >= 1.2 else 'float32'), why
     elif name == 'auto':
         return 'float32', 'the default on this device'
     return name, 'as asked'

@@ -164,7 +164,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def loss(self, idx, targets):
-        """Mean cross-entropy over the targets that are not -1, in nats; a large vocabulary's logits never exist whole."""
+        """Mean cross-entropy in nats over targets other than -1; a large vocabulary's logits never exist whole."""
         x, targets = self.hidden(idx).flatten(0, 1), targets.flatten()
         if self.config.loss_chunk == 0:
             return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1)

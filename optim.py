@@ -6,7 +6,7 @@ import torch
 
 
 def parameter_groups(model, weight_decay):
-    """Matrices (embeddings included) decay, vectors (biases, norms) do not; the order is nanoGPT's, and its checkpoints'."""
+    """Matrices (embeddings included) decay, vectors (biases, norms) do not; in the order of nanoGPT's checkpoints."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{'params': [p for p in trained if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in trained if p.dim() < 2], 'weight_decay': 0.0}]

@@ -31,8 +31,8 @@ max_new_tokens = 500  # in each sample
 temperature = 0.8  # 0: always the likeliest token; 1: as the model has it; above: more random
 top_k = 200  # draw among the k likeliest tokens; 0: all
 top_p = 1.0  # draw among the likeliest tokens that together have this probability
-window_step: int | None = None  # beyond block_size, by how many tokens the context moves at once: 1 computes it anew for
-# ... every token, as nanoGPT does; None: 1 if the output is greedy, else block_size / 8, which is several times faster
+window_step: int | None = None  # beyond block_size, by how many tokens the context moves at once: 1 computes it anew
+# ... for every token, as nanoGPT does; None: 1 if the output is greedy, else block_size / 8, several times faster
 seed = 1337
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -51,28 +51,30 @@ hardware.prepare(device)
 
 # model and tokenizer
 described = None
+how = dict(dropout=0.0, attn_backend=hardware.find_attn_backend('auto', device, 'bfloat16', 1024))
 if init_from == 'resume':
     path = os.path.join(out_dir, 'best.pt')
     path = path if os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
     saved = checkpoint.load(path)
-    args = saved['model_args']
-    attn_backend = hardware.find_attn_backend('auto', device, 'bfloat16', args.get('block_size', 0))
-    model = GPT(GPTConfig.from_saved(args, dropout=0.0, attn_backend=attn_backend))
+    model = GPT(GPTConfig.from_saved(saved['model_args'], **how))
     checkpoint.load_weights(model, saved['model'], path)
     described = saved.get('tokenizer')
     if described is None:  # nanoGPT's checkpoints name only the dataset
         dataset = dataset or saved.get('config', {}).get('dataset', '')
 else:
     path = init_from
-    model = GPT.from_pretrained(init_from)
+    model = GPT.from_pretrained(init_from, how)
 if dataset:
-    described = tokenizer.read_meta(os.path.join('data', dataset))['tokenizer']
+    data_dir = os.path.join('data', dataset)
+    if 'dataset' in given and not os.path.isdir(data_dir):
+        raise InputError(f'there is no folder {data_dir}: set dataset to one whose tokenizer the model has')
+    described = tokenizer.read_meta(data_dir)['tokenizer']
 elif described is None:
     described = tokenizer.GPT2
 text = tokenizer.from_dict(described)
 if text.vocab_size > model.config.vocab_size:
-    raise InputError(f'{path} has {model.config.vocab_size} ids, the tokenizer {described["kind"]} {text.vocab_size}: set '
-                     f'dataset to the folder in data/ that the model was trained on')
+    raise InputError(f'{path} has {model.config.vocab_size} ids, the tokenizer {described["kind"]} {text.vocab_size}: '
+                     f'set dataset to the folder in data/ that the model was trained on')
 model.config.n_ids = min(model.config.n_ids, text.vocab_size)
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
@@ -114,5 +116,6 @@ for row in torch.stack(new, dim=1)[1:].tolist():
     row = row[:row.index(text.eot)] if text.eot in row else row
     print(start + text.decode(row))
     print('---------------')
-print(f'{len(new) * num_samples:,} tokens in {seconds:.2f} s: {len(new) * num_samples / seconds:.0f} tok/s ({dtype}); the '
-      f'context beyond {model.config.block_size} tokens moves {window_step} at a time', file=sys.stderr)
+drawn = len(new) * num_samples
+print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}); beyond {model.config.block_size} '
+      f'tokens the context moves {window_step} at a time', file=sys.stderr)

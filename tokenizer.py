@@ -1,5 +1,5 @@
 """
-Text to token ids and back: bytes, characters, and tiktoken's encodings; and text to the token files that training reads.
+Text to token ids and back: bytes, characters, tiktoken's encodings; and text to the token files that training reads.
 
 A tokenizer is described by a small dict of plain values (`to_dict`), which lies in a data folder's meta.json and in
 every checkpoint, so that sampling needs nothing else. Every tokenizer has
@@ -55,8 +55,8 @@ class Chars(Tokenizer):
         try:
             return [self.ids[c] for c in text]
         except KeyError as e:
-            raise InputError(f'the character {e.args[0]!r} is not among the {self.vocab_size} that this tokenizer knows; '
-                             f'leave it out, or use a bytes tokenizer') from None
+            raise InputError(f'the character {e.args[0]!r} is not among the {self.vocab_size} that this tokenizer '
+                             f'knows; leave it out, or use a bytes tokenizer') from None
 
     def to_bytes(self, ids):
         return ''.join(self.chars[i] for i in ids).encode('utf-8')
@@ -75,8 +75,8 @@ class Tiktoken(Tokenizer):
         except ValueError:
             raise InputError(f'tiktoken has no encoding {name!r}; it has {tiktoken.list_encoding_names()}') from None
         except Exception as e:  # whatever its HTTP library raises
-            raise InputError(f'tiktoken could not load {name!r} ({type(e).__name__}): it is downloaded once; connect to '
-                             f'the network, or point TIKTOKEN_CACHE_DIR at a folder that has it') from None
+            raise InputError(f'tiktoken could not load {name!r} ({type(e).__name__}): it is downloaded once; connect '
+                             f'to the network, or point TIKTOKEN_CACHE_DIR at a folder that has it') from None
         self.name = name
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 

@@ -6,7 +6,6 @@ Train or finetune a GPT on one GPU, on several, or on a CPU.
   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
 
-import json
 import math
 import os
 import signal
@@ -26,6 +25,7 @@ import tokenizer
 from configurator import InputError, configure, describe, inherit
 from loader import Tokens, TrainBatches, eval_batches
 from model import GPT, GPTConfig
+from runlog import RunLog
 
 # ----------------------------------------------------------------------------------------------------------------------
 # output
@@ -88,11 +88,12 @@ resumed = None
 if init_from == 'resume':
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
     resumed = checkpoint.load(ckpt_path)
-    saved = resumed.get('config', {}) | {k: resumed['model_args'][k] for k in ARCHITECTURE if k in resumed['model_args']}
+    args = resumed['model_args']
+    saved = resumed.get('config', {}) | {key: args[key] for key in ARCHITECTURE if key in args}
     for key in ARCHITECTURE:
         if key in given and config[key] != saved.get(key, config[key]):
-            raise InputError(f'{ckpt_path} has {key}={saved[key]}, but this run asks for {config[key]}: leave {key} out, '
-                             f'or train from scratch in another out_dir')
+            raise InputError(f'{ckpt_path} has {key}={saved[key]}, but this run asks for {config[key]}: leave {key} '
+                             f'out, or train from scratch in another out_dir')
     inherit(globals(), config, given, saved, ckpt_path,
             except_keys=('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend', 'peak_flops'))
 for key in ('eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'block_size', 'max_iters'):
@@ -111,11 +112,11 @@ tokens_per_micro_batch = batch_size * block_size
 if gradient_accumulation_steps is None:
     gradient_accumulation_steps = -(-total_batch_size // tokens_per_micro_batch) if total_batch_size else 40
 if total_batch_size and gradient_accumulation_steps * tokens_per_micro_batch != total_batch_size:
-    raise InputError(f'total_batch_size={total_batch_size} tokens is not {gradient_accumulation_steps} micro-batches of '
-                     f'batch_size x block_size = {tokens_per_micro_batch} tokens: change batch_size or total_batch_size')
+    raise InputError(f'total_batch_size={total_batch_size} tokens is not {gradient_accumulation_steps} micro-batches '
+                     f'of batch_size x block_size = {tokens_per_micro_batch} tokens: change one of them')
 if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
-    raise InputError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided among {world_size} '
-                     f'processes: make it a multiple of {world_size}')
+    raise InputError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided among '
+                     f'{world_size} processes: make it a multiple of {world_size}')
 micro_steps = gradient_accumulation_steps // world_size  # per process
 tokens_per_iter = gradient_accumulation_steps * tokens_per_micro_batch
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
@@ -128,7 +129,7 @@ if dtype == 'auto' and resumed and resumed.get('dtype', {}).get(device.type):
     dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
 dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, n_embd, 4 * n_embd))
 attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
-compile_reason = ''
+compile_reason = 'as asked'
 if compile == 'auto':
     compile, compile_reason = hardware.can_compile(device)
 elif isinstance(compile, str):
@@ -136,6 +137,9 @@ elif isinstance(compile, str):
 if ddp:
     backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
     dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device.type == 'cuda' else backend)
+    agreed = [dtype]  # 'auto' measures, and may come out otherwise elsewhere
+    dist.broadcast_object_list(agreed)
+    dtype = agreed[0]
 if master and not eval_only:
     checkpoint.check_writable(out_dir)
 
@@ -148,7 +152,8 @@ if prepare_data and master and not os.path.exists(os.path.join(data_dir, 'meta.j
 if ddp:
     dist.barrier()
 if not os.path.isdir(data_dir):
-    raise InputError(f'no data in {data_dir}: run python data/{dataset}/prepare.py, or set dataset to a folder in data/')
+    there = ', '.join(sorted(os.listdir('data'))) if os.path.isdir('data') else 'nothing'
+    raise InputError(f'no data in {data_dir}: set dataset to a folder in data/, where there is {there}')
 meta = tokenizer.read_meta(data_dir)
 if resumed and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
     raise InputError(f'{ckpt_path} was trained with another tokenizer than that of {data_dir}')
@@ -166,15 +171,15 @@ elif init_from == 'scratch':
                           n_ids=meta['vocab_size'], **how))
 else:
     if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != 50257:
-        raise InputError(f'{init_from} needs tokens of GPT-2\'s tokenizer, {data_dir} has {meta["vocab_size"]} ids: use '
-                         f'another dataset, or prepare it with gpt2')
+        raise InputError(f"{init_from} needs tokens of GPT-2's tokenizer, {data_dir} has {meta['vocab_size']} ids: use "
+                         f"another dataset, or prepare it with gpt2")
     model = GPT.from_pretrained(init_from, how)
     for key in ARCHITECTURE:
         if key in given and key != 'block_size' and config[key] != getattr(model.config, key):
-            raise InputError(f'{init_from} has {key}={getattr(model.config, key)}, but this run asks for {config[key]}: '
-                             f'leave {key} out')
+            raise InputError(f'{init_from} has {key}={getattr(model.config, key)}, but this run asks for '
+                             f'{config[key]}: leave {key} out')
     if block_size > model.config.block_size:
-        raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions')
+        raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions: lower it')
     model.crop_block_size(block_size)
 model.to(device)
 if model.config.vocab_size < meta['vocab_size'] and os.path.exists(os.path.join(data_dir, 'meta.json')):
@@ -187,16 +192,19 @@ batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_
 
 optimizer = optim.adamw(model, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 15, enabled=dtype == 'float16')
-iter_num, best_val_loss, best_iter, last_eval, evals_since_best, past_seconds, wandb_id = 0, math.inf, 0, -1, 0, 0.0, None
+iter_num, best_val_loss, best_iter = 0, math.inf, 0
+last_eval, evals_since_best, past_seconds, wandb_id = -1, 0, 0.0, None
 if resumed:
     iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
     best_iter, last_eval = resumed.get('best_iter', iter_num), resumed.get('last_eval', -1)
-    evals_since_best, past_seconds = resumed.get('evals_since_best', 0), resumed.get('train_seconds', 0.0)
-    wandb_id = resumed.get('wandb_id')
+    evals_since_best = resumed.get('evals_since_best', 0)
+    if evals_since_best >= patience:  # it had lost its patience, and is asked to go on
+        evals_since_best = 0
+    past_seconds, wandb_id = resumed.get('train_seconds', 0.0), resumed.get('wandb_id')
     try:
         optim.load_state(optimizer, resumed['optimizer'])
     except (KeyError, ValueError) as e:
-        raise InputError(f'{ckpt_path}: the optimizer\'s state does not fit this model: {e}') from None
+        raise InputError(f"{ckpt_path}: the optimizer's state does not fit this model: {e}") from None
     if resumed.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(resumed['scaler'])
     resumed = True  # frees the checkpoint
@@ -219,8 +227,8 @@ n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 if master:
     print(f'{describe(config, given)}\n'
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
-          f'{attn_backend}; ' + ('compiled (takes a minute)' if compile else f'eager ({compile_reason or "as asked"})') +
-          f'\npeak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
+          f'{attn_backend}; {"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
+          f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
           f'data: {data_dir}, {train_tokens.n_tokens:,} + {val_tokens.n_tokens:,} tokens, vocabulary {n_ids}\n'
           f'model: {init_from}, {raw_model.n_params():,} parameters, {n_trained:,} trained; '
           f'{flops_per_token / 1e6:.4g} MFLOPs per token\n'
@@ -228,36 +236,15 @@ if master:
           f'{micro_steps} accumulated x {world_size} processes; {max_iters:,} iterations are '
           f'{batches.epoch(max_iters):.2f} epochs', flush=True)
 
-# log: a line of JSON per console line, the first with what stays the same; a resumed run drops what it will do again
-log_file, wandb_run = None, None
+log = None
 if master and not eval_only:
-    log_path, lines = os.path.join(out_dir, 'log.jsonl'), []
-    if resumed and os.path.exists(log_path):
-        with open(log_path, encoding='utf-8') as f:
-            lines = [line for line in f if (at := json.loads(line).get('iter', -1)) < iter_num
-                     or at == iter_num == last_eval and '"val_loss"' in line]
-    log_file = open(log_path, 'w', encoding='utf-8')
-    log_file.writelines(lines or [json.dumps({
+    log = RunLog(out_dir, {
         'config': config, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
         'parameters': raw_model.n_params(), 'trained': n_trained, 'flops_per_token': flops_per_token,
-        'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter}) + '\n'])
+        'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter,
+    }, resume_at=iter_num if resumed else None)
     if wandb_log:
-        try:
-            import wandb
-            wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id,
-                                   resume='allow' if wandb_id else None)
-        except Exception as e:  # not installed, not logged in, no network: all before the first step
-            raise InputError(f'wandb_log=True, but W&B does not start ({e}): pip install wandb; wandb login; or set '
-                             f'WANDB_MODE=offline') from None
-        wandb_id = wandb_run.id
-
-
-def log(record, wandb_record):
-    if log_file:
-        log_file.write(json.dumps(record) + '\n')
-        log_file.flush()
-    if wandb_run:
-        wandb_run.log({'iter': record['iter'], **wandb_record})
+        wandb_id = log.start_wandb(wandb_project, wandb_run_name, config, wandb_id)
 
 
 @torch.no_grad()
@@ -291,8 +278,8 @@ def check_finite(val_loss=0.0):
     """Raises before anything worse is saved. Waits for the device."""
     bad = iter_num if not math.isfinite(val_loss) else int(first_bad) if first_bad.isfinite() else None
     if bad is not None:
-        raise InputError(f'the loss is not finite at iter {bad}: stopped; a checkpoint in {out_dir} is from before that. '
-                         f'Try a lower learning_rate, a longer warm-up, or dtype=float32')
+        raise InputError(f'the loss is not finite at iter {bad}: stopped; a checkpoint in {out_dir} is from before '
+                         f'that. Try a lower learning_rate, a longer warm-up, or dtype=float32')
 
 
 def any_process(flag):
@@ -345,10 +332,10 @@ while True:
             check_finite(losses['val'])
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
             last_eval = iter_num
-            log({'iter': iter_num, 'tokens': iter_num * tokens_per_iter, 'train_loss': losses['train'],
-                 'val_loss': losses['val'], 'lr': lr, 'seconds': past_seconds + clock.total},
-                {'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr})
-            if iter_num > 0 and not eval_only:
+        if log:
+            log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr,
+                       'tokens': iter_num * tokens_per_iter, 'seconds': past_seconds + clock.total})
+            if iter_num > 0:
                 best = losses['val'] < best_val_loss
                 if best:
                     best_val_loss, best_iter = losses['val'], iter_num
@@ -373,11 +360,10 @@ while True:
             x, y = batches.get(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps, device)
             scaler.scale(loss / micro_steps).backward()
         except torch.OutOfMemoryError:
-            raise InputError(f'out of GPU memory with batch_size={batch_size}: try --batch_size={max(1, batch_size // 2)} '
-                             f'--gradient_accumulation_steps={2 * gradient_accumulation_steps}, the same tokens per step'
-                             ) from None
+            raise InputError(f'out of GPU memory with batch_size={batch_size}: the same step in smaller pieces is '
+                             f'--batch_size={max(1, batch_size // 2)} '
+                             f'--gradient_accumulation_steps={2 * gradient_accumulation_steps}') from None
         step_loss += loss.detach() / micro_steps
-    grad_norm = None
     if grad_clip:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
@@ -404,10 +390,9 @@ while True:
             print(f'iter {iter_num}: loss {step_loss.item():.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
                   f'tok/s {speed / 1000:.1f}k, lr {lr:.1e}, mem {memory:.1f}GB, '
                   f'eta {int(minutes // 60)}h{int(minutes % 60):02d}m', flush=True)
-            norm = None if grad_norm is None else grad_norm.item()
-            log({'iter': iter_num, 'loss': step_loss.item(), 'lr': lr, 'time_ms': seconds * 1000, 'tokens_per_s': speed,
-                 'mfu': mfu, 'grad_norm': norm, 'memory_gb': memory, 'tokens': (iter_num + 1) * tokens_per_iter},
-                {'train/step_loss': step_loss.item(), 'lr': lr, 'mfu': mfu * 100, 'tokens_per_s': speed})
+            log.write({'iter': iter_num, 'loss': step_loss.item(), 'lr': lr, 'time_ms': seconds * 1000,
+                       'tokens_per_s': speed, 'mfu': mfu, 'grad_norm': grad_norm.item() if grad_clip else None,
+                       'memory_gb': memory, 'tokens': (iter_num + 1) * tokens_per_iter})
     iter_num += 1
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,8 +410,8 @@ if master and sample_tokens and not interrupted:
         ids = raw_model.generate(torch.tensor([text.encode(sample_start)], device=device), sample_tokens,
                                  temperature=0.8, top_k=200, window_step=max(1, block_size // 8))
     print(f'{"-" * 40} a sample {"-" * 40}\n{text.decode(ids[0].tolist())}')
-if wandb_run:
-    wandb_run.finish()
+if log:
+    log.close()
 if ddp:
     dist.barrier()
     dist.destroy_process_group()

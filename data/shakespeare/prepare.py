@@ -11,6 +11,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(here, '..', '..'), os.path.join(here, '..')]
 
 import tinyshakespeare  # noqa: E402
+
 from configurator import report_errors  # noqa: E402
 from tokenizer import Tiktoken, write_data  # noqa: E402
 

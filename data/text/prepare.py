@@ -34,7 +34,7 @@ for path in args.files:
     except OSError as e:
         raise InputError(f'{path} cannot be read: {e.strerror}') from None
     except UnicodeDecodeError as e:
-        raise InputError(f'{path} is not UTF-8 text (byte {e.start}): convert it first, for example with iconv') from None
+        raise InputError(f'{path} is not UTF-8 text (byte {e.start}): convert it first, as with iconv') from None
 total = sum(map(len, texts))
 if not total:
     raise InputError('the files are empty')

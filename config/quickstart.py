@@ -1,0 +1,27 @@
+# A first model in a minute and a half, on a laptop, without the network: Python's own standard library, byte by byte.
+#
+# Needs: nothing but Python; prepares data/pystdlib by itself.
+# QUICKSTART_FIGURE
+
+out_dir = 'out-quickstart'
+dataset = 'pystdlib'
+prepare_data = True
+eval_interval = 500
+eval_iters = 8
+log_interval = 50
+sample_tokens = 600
+sample_start = 'class '
+max_minutes = 1.4  # for slower machines
+
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 128
+
+n_layer = 4
+n_head = 4
+n_embd = 192
+
+learning_rate = 4e-3
+max_iters = 1600
+warmup_iters = 50
+beta2 = 0.99

@@ -1,0 +1,89 @@
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ.setdefault('WANDB_MODE', 'offline')
+os.environ['OMP_NUM_THREADS'] = '1'  # the models are tiny: a second thread would only be waited for
+
+import tokenizer  # noqa: E402
+
+TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, gradient_accumulation_steps=1,
+            max_iters=6, eval_interval=3, eval_iters=2, warmup_iters=2, learning_rate=1e-2, out_dir='out',
+            device='cpu', dtype='float32', peak_flops=1e12)
+
+
+def options(script_options):
+    return [f'--{key}={value}' for key, value in script_options.items()]
+
+
+class Project:
+    """The project's scripts, run in a folder of their own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def _in_process(self, script, argv):
+        out, before = io.StringIO(), (sys.argv, sys.excepthook)
+        handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+        sys.argv = [script, *argv]
+        try:
+            with contextlib.redirect_stdout(out):
+                return runpy.run_path(os.path.join(ROOT, script), run_name='__main__'), out.getvalue()
+        finally:
+            sys.argv, sys.excepthook = before
+            for signum, handler in handlers:
+                signal.signal(signum, handler)
+
+    def train(self, *files, **overrides):
+        """Run train.py in this process, on the tiny model and data. Returns (its globals, what it printed)."""
+        return self._in_process('train.py', [*files, *options(TINY | overrides)])
+
+    def resume(self, **overrides):
+        few = {k: TINY[k] for k in ('out_dir', 'device', 'dtype', 'peak_flops')}
+        return self._in_process('train.py', options(few | dict(init_from='resume') | overrides))
+
+    def sample(self, **overrides):
+        few = dict(out_dir='out', device='cpu', dtype='float32', num_samples=1, max_new_tokens=20)
+        return self._in_process('sample.py', options(few | overrides))[1]
+
+    def run(self, *command, **kwargs):
+        """Run a command of the README as a process of its own: `python` is this one, paths are the project's."""
+        return subprocess.run(self.command(*command), cwd=self.folder, capture_output=True, text=True, timeout=200,
+                              **kwargs)
+
+    def command(self, *words):
+        words = [os.path.join(ROOT, w) if w.endswith('.py') and os.path.exists(os.path.join(ROOT, w)) else w
+                 for w in words]
+        return [sys.executable, *words]
+
+
+def write_tokens(folder, train, val, vocab_size=256, **meta):
+    """A data folder of bytes with the given ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {'train': np.asarray(train), 'val': np.asarray(val)}
+    for split in ids:
+        ids[split].astype('<u2').tofile(folder / f'{split}.bin')
+    described = {'tokenizer': tokenizer.Bytes().to_dict(), 'vocab_size': vocab_size, 'dtype': 'uint16',
+                 'tokens': {k: len(v) for k, v in ids.items()}, 'source': 'a test'} | meta
+    (folder / 'meta.json').write_text(json.dumps(described), encoding='utf-8')
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty folder with data/tiny, text-like bytes in which the next one can be learnt."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    ids = (np.arange(3000) * 7 % 40 + 60 + rng.integers(0, 2, 3000)).astype(int)
+    write_tokens(tmp_path / 'data' / 'tiny', ids[:2500], ids[2500:])
+    return Project(tmp_path)

@@ -1,0 +1,110 @@
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+from configurator import InputError
+from model import GPT, GPTConfig
+
+CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+
+
+def content(**more):
+    model = GPT(CONFIG)
+    return {'model': model.state_dict(), 'model_args': CONFIG.to_save(), 'iter_num': 5} | more
+
+
+def test_newest_and_best(tmp_path):
+    checkpoint.save(tmp_path, content(), best=True)
+    checkpoint.save(tmp_path, content(iter_num=9), best=False)
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 9
+    assert checkpoint.load(tmp_path / 'best.pt')['iter_num'] == 5
+    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
+
+
+def test_a_failed_save_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, content(), best=True)
+
+    def half(obj, f):
+        f.write(b'half')
+        raise OSError('disk full')
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(InputError, match='disk full'):
+        checkpoint.save(tmp_path, content(iter_num=9), best=True)
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 5
+    assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
+
+
+def test_nanogpts_compiled_names(tmp_path):
+    saved = content()
+    torch.save(saved | {'model': {f'_orig_mod.{k}': v for k, v in saved['model'].items()}}, tmp_path / 'ckpt.pt')
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['model'].keys() == saved['model'].keys()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def truncated(path):
+    torch.save(content(), path)
+    with open(path, 'r+b') as f:
+        f.truncate(os.path.getsize(path) * 2 // 3)
+
+
+def write(path, data):
+    with open(path, 'wb') as f:
+        f.write(data)
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda p: None, 'no checkpoint'),
+    (truncated, 'damaged'),
+    (lambda p: write(p, b''), 'damaged'),
+    (lambda p: write(p, b'not a checkpoint at all'), 'damaged or no checkpoint'),
+    (lambda p: torch.save({'weights': 1}, p), "it has no 'model'"),
+    (lambda p: torch.save([1, 2], p), 'not a soloGPT or nanoGPT checkpoint'),
+    (lambda p: torch.save(content(extra=Evil()), p), 'could run code'),
+    (lambda p: write(p, pickle.dumps(Evil())), 'could run code|damaged'),
+])
+def test_refused(tmp_path, monkeypatch, make, message):
+    monkeypatch.chdir(tmp_path)
+    make('ckpt.pt')
+    with pytest.raises(InputError, match=message):
+        checkpoint.load('ckpt.pt')
+    assert not os.path.exists('ran')
+
+
+def test_weights_of_another_shape_are_named():
+    with pytest.raises(InputError, match=r'wpe.weight has the shape \(8, 8\), this model needs \(16, 8\)'):
+        checkpoint.load_weights(GPT(GPTConfig(**CONFIG.to_save() | {'block_size': 16})), content()['model'], 'ckpt.pt')
+    with pytest.raises(InputError, match='missing from the file'):
+        checkpoint.load_weights(GPT(GPTConfig(**CONFIG.to_save() | {'n_layer': 2})), content()['model'], 'ckpt.pt')
+
+
+def test_out_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(InputError, match='cannot be written'):
+        checkpoint.check_writable(tmp_path / 'file' / 'out')
+
+
+def test_folder_that_is_no_model(tmp_path):
+    with pytest.raises(InputError, match='has no config.json'):
+        checkpoint.load_hf(str(tmp_path))
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2'}))
+    (tmp_path / 'model.safetensors').write_bytes(b'damaged')
+    with pytest.raises(InputError, match='damaged'):
+        checkpoint.load_hf(str(tmp_path))
+
+
+def test_hub_out_of_reach(monkeypatch):
+    import huggingface_hub
+
+    def get(repository, file):
+        raise ConnectionError(f'{repository} {file}')
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', get)
+    with pytest.raises(InputError, match='downloading openai-community/gpt2-xl failed'):
+        GPT.from_pretrained('gpt2-xl')

@@ -1,0 +1,268 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_py
+from configurator import InputError
+from model import GPT, ChunkedCrossEntropy, GPTConfig, sample
+
+transformers = pytest.importorskip('transformers')
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    config = dict(block_size=16, vocab_size=33, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
+    m = GPT(GPTConfig(**config | changes)).eval()
+    with torch.no_grad():
+        for p in m.parameters():  # far from the small initial weights, so that errors show
+            p.mul_(8)
+    return m
+
+
+@pytest.mark.parametrize('activation, tied, vocab_size', [
+    ('gelu_new', True, 101), ('gelu', True, 50257), ('gelu_new', False, 64), ('gelu', False, 7)])
+def test_logits_and_greedy_text_equal_transformers(tmp_path, activation, tied, vocab_size):
+    torch.manual_seed(1)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=24, n_embd=32, n_layer=3, n_head=4, activation_function=activation,
+        tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=0, eos_token_id=None)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    idx = torch.randint(vocab_size, (2, 20))
+    with torch.no_grad():
+        logits, loss = ours(idx, idx)
+        expected = theirs(idx, labels=idx).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert loss.item() == pytest.approx(F.cross_entropy(expected.flatten(0, 1), idx.flatten()).item(), rel=1e-5)
+    their_text = theirs.generate(idx[:, :5], max_new_tokens=15, do_sample=False,
+                                attention_mask=torch.ones(2, 5, dtype=torch.long))
+    assert torch.equal(ours.generate(idx[:, :5], 15, temperature=0), their_text)
+
+
+@pytest.mark.parametrize('key, value', [('scale_attn_by_inverse_layer_idx', True), ('n_inner', 48),
+                                        ('activation_function', 'relu'), ('model_type', 'gpt_neo')])
+def test_foreign_models_are_refused_by_name(tmp_path, key, value):
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    config = tmp_path / 'config.json'
+    import json
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=key):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_names_are_nanogpts():
+    names = [name for name, _ in tiny(n_layer=1, bias=True).named_parameters()]
+    block = [f'transformer.h.0.{part}.{kind}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc',
+                                                           'mlp.c_proj') for kind in ('weight', 'bias')]
+    assert names == ['transformer.wte.weight', 'transformer.wpe.weight', *block,
+                     'transformer.ln_f.weight', 'transformer.ln_f.bias']
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    m = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=2, n_embd=64))
+    idx, targets = torch.randint(100, (2, 8, 32))
+    assert m.loss(idx, targets).item() == pytest.approx(math.log(100), abs=0.1)
+
+
+def test_position_t_sees_nothing_after_it():
+    m = tiny()
+    idx = torch.randint(33, (1, 16))
+    changed = idx.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 33
+    with torch.no_grad():
+        difference = (m(idx, idx)[0] - m(changed, changed)[0]).abs().amax(-1)[0]
+    assert (difference[:10] == 0).all() and difference[10] > 0 and difference[11:].max() > 0
+
+
+def uncached(m, idx, n):
+    """nanoGPT's loop, greedy."""
+    for _ in range(n):
+        logits, _ = m(idx[:, -m.config.block_size:])
+        idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize('attn_backend', ['sdpa', 'math'])
+@pytest.mark.parametrize('prompt', [1, 7, 16, 20])
+def test_greedy_with_cache_equals_without_also_past_block_size(prompt, attn_backend):
+    m = tiny(attn_backend=attn_backend)
+    idx = torch.randint(33, (3, prompt))
+    with torch.no_grad():
+        assert torch.equal(m.generate(idx, 40, temperature=0), uncached(m, idx, 40))
+
+
+def test_a_moving_window_holds_the_last_tokens(monkeypatch):
+    m, seen = tiny(), []
+    hidden = m.hidden
+
+    def record(idx, cache=None):
+        seen.append((cache.length, idx.clone()))
+        return hidden(idx, cache)
+    monkeypatch.setattr(m, 'hidden', record)
+    out = m.generate(torch.zeros(1, 1, dtype=torch.long), 50, temperature=0, window_step=5)
+    end, moves = 0, 0
+    for length, idx in seen:
+        end += 1
+        if length == 0 and end > 1:
+            moves += 1
+            assert idx.shape == (1, 12) and torch.equal(idx, out[:, end - 12:end])  # 16 - 5 + 1 tokens
+        elif length:
+            assert idx.shape == (1, 1) and torch.equal(idx, out[:, end - 1:end]) and length < 16
+    assert moves == 7  # at 16 tokens, and then every 5 of 34
+
+
+def test_padding_is_never_drawn_and_text_ends():
+    m = tiny(n_ids=5)
+    with torch.no_grad():
+        m.lm_head.weight[5:] += 100  # padding that would win
+    ids = m.generate(torch.zeros(4, 1, dtype=torch.long), 60, temperature=5.0)
+    assert ids.max() < 5
+    out = m.generate(torch.zeros(4, 1, dtype=torch.long), 300, temperature=5.0, eot=3, window_step=4)
+    for row in out[:, 1:].tolist():
+        assert 3 in row and set(row[row.index(3):]) == {3}
+    assert out.size(1) < 301
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options):
+        return (sample(logits, generator=generator, **options).bincount(minlength=4) / 20000).tolist()
+    assert drawn() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.02)
+    assert drawn(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
+    assert drawn(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)  # 0.5 is not enough, 0.8 is
+    assert drawn(top_p=0.4) == [1, 0, 0, 0]
+    assert drawn(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.02)
+    assert drawn(temperature=0) == [1, 0, 0, 0]
+
+
+def test_same_seed_same_text():
+    m, idx = tiny(), torch.zeros(2, 1, dtype=torch.long)
+    a, b, c = (m.generate(idx, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_math_attention_equals_sdpa():
+    q, k, v = (torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    grads = []
+    for attend in (model_py.sdpa, model_py.math_attention):
+        y = attend(q, k, v, 0.0)
+        grads.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    one = q[:, :, -1:]  # a single query sees all keys
+    torch.testing.assert_close(model_py.math_attention(one, k, v, 0.0), grads[0][0][:, :, -1:])
+
+
+def test_dropout_only_in_training():
+    m = tiny(dropout=0.5, attn_backend='math')
+    idx = torch.randint(33, (2, 16))
+    assert m.loss(idx, idx) == m.loss(idx, idx) == tiny().loss(idx, idx)
+    m.train()
+    assert m.loss(idx, idx) != m.loss(idx, idx)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_chunked_loss_is_the_whole_one(dtype, tolerance):
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(50, 8, generator=g), torch.randn(30, 8, generator=g)
+    targets = torch.randint(30, (50,), generator=g)
+    targets[[3, 7, 40]] = -1
+    a, b = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+    chunked = ChunkedCrossEntropy.apply(a, b, targets, 16, True)
+    p, q = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    whole = F.cross_entropy((p @ q.T).float(), targets, ignore_index=-1)
+    (chunked * 3).backward()
+    (whole * 3).backward()
+    assert chunked.item() == pytest.approx(whole.item(), rel=tolerance)
+    for ours, theirs in ((a.grad, p.grad), (b.grad, q.grad)):
+        assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
+    assert ChunkedCrossEntropy.apply(a, b, targets, 16, False).item() == chunked.item()
+
+
+def test_chunked_loss_holds_no_full_logits():
+    """No tensor of (tokens, vocabulary) is made, in the forward or the backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **kwargs or {})
+            for t in (out if isinstance(out, (tuple, list)) else [out]):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+    m = tiny(vocab_size=500, loss_chunk=8).train()
+    idx = torch.randint(500, (4, 16))
+    with Watch():
+        m.loss(idx, idx).backward()
+    assert largest <= max(500 * 16, 8 * 500) < 64 * 500  # the embedding table is the largest
+
+
+def test_chunked_model_compiles_whole_and_trains_as_the_plain_one():
+    idx = torch.randint(33, (2, 16))
+    grads = []
+    for chunk in (0, 5):
+        m = tiny(loss_chunk=chunk).train()
+        loss = torch.compile(m, backend='aot_eager', fullgraph=True)(idx, idx)[1]
+        loss.backward()
+        grads.append([loss, *(p.grad for p in m.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_large_vocabularies_are_chunked_and_small_ones_are_not():
+    assert GPTConfig(vocab_size=50304).loss_chunk > 0 and GPTConfig(vocab_size=256).loss_chunk == 0
+
+
+def test_surface_of_nanogpt():
+    m = tiny()
+    idx = torch.randint(33, (2, 10))
+    logits, loss = m(idx)
+    assert logits.shape == (2, 1, 33) and loss is None
+    logits, loss = m(idx, idx)
+    assert logits.shape == (2, 10, 33)
+    targets = idx.clone()
+    targets[:, :5] = -1
+    assert m(idx, targets)[1].item() == pytest.approx(
+        F.cross_entropy(logits[:, 5:].flatten(0, 1), idx[:, 5:].flatten()).item(), rel=1e-5)
+    assert m.generate(idx, 7, temperature=0.8, top_k=5).shape == (2, 17)
+
+
+def test_crop_keeps_the_first_positions():
+    m = tiny()
+    idx = torch.randint(33, (2, 8))
+    before = m(idx, idx)[0]
+    m.crop_block_size(8)
+    assert torch.equal(m(idx, idx)[0], before) and m.transformer.wpe.weight.requires_grad
+    with pytest.raises(ValueError, match='block_size is 8'):
+        m(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_flops_of_gpt2_124m():
+    with torch.device('meta'):
+        m = GPT(GPTConfig(vocab_size=50257, bias=False))
+    # 6 x (12 x 12 x 768^2 + 50257 x 768) + 12 x 12 x 768 x 1024
+    assert m.flops_per_token() == 6 * (84934656 + 38597376) + 113246208
+    assert m.flops_per_token(512) == m.flops_per_token() - 113246208 // 2
+    with torch.device('meta'):
+        assert GPT(GPTConfig(vocab_size=50257, bias=False, tied=False)).flops_per_token() == m.flops_per_token()
+
+
+@pytest.mark.parametrize('changes, message', [(dict(n_embd=30, n_head=4), 'n_embd=30 is not divisible by n_head=4'),
+                                              (dict(n_layer=0), 'n_layer=0'), (dict(dropout=1.0), 'dropout'),
+                                              (dict(activation='relu'), 'activation')])
+def test_config_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        GPTConfig(**changes)
+
+
+def test_checkpoint_of_another_kind_of_model():
+    with pytest.raises(InputError, match='another kind of model: it has rope'):
+        GPTConfig.from_saved({'n_layer': 2, 'rope': True})

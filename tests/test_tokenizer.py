@@ -1,0 +1,102 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import tiktoken
+
+import tokenizer
+from configurator import InputError
+
+MIXED = 'def f(x):\n\treturn "naïve — 日本語 Ελλάδα \U0001f600"\r\n'
+
+
+def fake_gpt2(name):
+    """A BPE in tiktoken's terms, with one merge: no download."""
+    ranks = {bytes([i]): i for i in range(256)} | {b'de': 256}
+    return tiktoken.Encoding(name, pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257})
+
+
+@pytest.mark.parametrize('make', [tokenizer.Bytes, lambda: tokenizer.Chars(sorted(set(MIXED))),
+                                  lambda: tokenizer.Tiktoken('gpt2')])
+def test_round_trip(make, monkeypatch):
+    monkeypatch.setattr(tiktoken, 'get_encoding', fake_gpt2)
+    made = make()
+    t = tokenizer.from_dict(json.loads(json.dumps(made.to_dict())))  # as it travels
+    ids = t.encode(MIXED)
+    assert t.decode(ids) == MIXED
+    assert ids == made.encode(MIXED) and max(ids) < t.vocab_size
+    assert b''.join(t.to_bytes([i]) for i in ids).decode() == MIXED  # as it streams
+
+
+def test_ids():
+    assert tokenizer.Bytes().encode('aé') == [97, 0xc3, 0xa9]
+    assert tokenizer.Chars('abc').encode('cab') == [2, 0, 1]
+
+
+def test_tiktoken_special_token(monkeypatch):
+    monkeypatch.setattr(tiktoken, 'get_encoding', fake_gpt2)
+    t = tokenizer.Tiktoken('gpt2')
+    assert t.encode('de<|endoftext|>') == [256, 257] and t.eot == 257 and t.vocab_size == 258
+
+
+def test_unreachable_network_is_said(monkeypatch):
+    def get(name):
+        raise ConnectionError('no route')
+    monkeypatch.setattr(tiktoken, 'get_encoding', get)
+    with pytest.raises(InputError, match='TIKTOKEN_CACHE_DIR'):
+        tokenizer.Tiktoken('gpt2')
+
+
+def test_unknown_character_is_named():
+    with pytest.raises(InputError, match="'z'"):
+        tokenizer.Chars('abc').encode('abz')
+
+
+def test_write_data(tmp_path):
+    tokenizer.write_data(tmp_path, tokenizer.Bytes(), {'train': ['ab', 'c'], 'val': ['d']}, 'here')
+    meta = tokenizer.read_meta(tmp_path)
+    assert np.fromfile(tmp_path / 'train.bin', '<u2').tolist() == [97, 98, 0, 99]  # documents parted by end of text
+    assert meta['tokens'] == {'train': 4, 'val': 1} and meta['vocab_size'] == 256 and meta['source'] == 'here'
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_large_vocabulary_is_uint32(tmp_path):
+    chars = [chr(0x20000 + i) for i in range(66000)]
+    t = tokenizer.Chars(chars)
+    tokenizer.write_data(tmp_path, t, {'train': [chars[-1]], 'val': [chars[0]]}, '')
+    assert tokenizer.read_meta(tmp_path)['dtype'] == 'uint32'
+    assert np.fromfile(tmp_path / 'train.bin', '<u4').tolist() == [len(chars) - 1]
+
+
+def test_nanogpt_meta(tmp_path):
+    with open(tmp_path / 'meta.pkl', 'wb') as f:
+        pickle.dump({'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'ß'}, 'stoi': {'a': 0, 'b': 1, 'ß': 2}}, f)
+    meta = tokenizer.read_meta(tmp_path)
+    assert tokenizer.from_dict(meta['tokenizer']).encode('ßa') == [2, 0] and meta['dtype'] == 'uint16'
+
+
+def test_folder_without_meta_is_gpt2s(tmp_path):
+    assert tokenizer.read_meta(tmp_path)['vocab_size'] == 50257
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def test_pickle_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open('meta.pkl', 'wb') as f:
+        pickle.dump({'vocab_size': 3, 'itos': Evil()}, f)
+    with pytest.raises(InputError, match='not a plain nanoGPT meta.pkl'):
+        tokenizer.read_meta('.')
+    assert not os.path.exists('ran')
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"vocab_size": 3}', '{"vocab_size": 3, "tokenizer": {}, "dtype": "int8"}'])
+def test_damaged_meta(tmp_path, content):
+    (tmp_path / 'meta.json').write_text(content)
+    with pytest.raises(InputError, match='damaged'):
+        tokenizer.read_meta(tmp_path)

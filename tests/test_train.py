@@ -1,0 +1,294 @@
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, options, write_tokens
+
+import checkpoint
+import hardware
+from configurator import InputError
+
+
+def log(folder, out='out'):
+    with open(folder / out / 'log.jsonl', encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
+
+
+def losses(folder, out='out'):
+    """iter -> loss of every step, and iter -> val_loss."""
+    records = log(folder, out)[1:]
+    steps = [r['iter'] for r in records if 'loss' in r]
+    assert steps == sorted(set(steps))  # each step once
+    return ({r['iter']: r['loss'] for r in records if 'loss' in r},
+            {r['iter']: r['val_loss'] for r in records if 'val_loss' in r})
+
+
+def test_it_learns_and_reports(project):
+    ran, out = project.train(max_iters=200, eval_interval=100)
+    steps, val = losses(project.folder)
+    # each byte follows from the one before but for a coin toss: ln 2 at best
+    assert val[0] > 5 and 0.69 < val[200] < 1.6 and list(val) == [0, 100, 200]
+    assert list(steps) == list(range(200))
+    line = (r'iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu ([\d.]+)%, tok/s ([\d.]+)k, lr [\d.e-]+, mem [\d.]+GB, '
+            r'eta \dh\d\dm')
+    printed = re.findall(line, out)
+    assert len(printed) == 200 and 'step 100: train loss ' in out
+    last, record = printed[-1], [r for r in log(project.folder) if 'loss' in r][-1]
+    assert float(last[1]) == pytest.approx(record['loss'], abs=1e-4)
+    # the figures agree with each other: 64 tokens a step, MFU against the given peak
+    assert record['tokens'] == 200 * 64
+    assert record['tokens_per_s'] == pytest.approx(64 / record['time_ms'] * 1000)
+    assert record['mfu'] == pytest.approx(ran['raw_model'].flops_per_token(16) * record['tokens_per_s'] / 1e12)
+    assert log(project.folder)[0]['config']['n_embd'] == 32
+
+
+def test_accumulation_is_a_larger_batch(project):
+    project.train(batch_size=8, out_dir='one')
+    project.train(batch_size=2, gradient_accumulation_steps=4, out_dir='four')
+    ran, out = project.train(batch_size=2, gradient_accumulation_steps=None, total_batch_size=128, out_dir='derived')
+    assert 'tokens per iteration will be: 128 = 2 sequences x 16 tokens x 4 accumulated x 1 processes' in out
+    one, four, derived = (losses(project.folder, o) for o in ('one', 'four', 'derived'))
+    assert four == derived
+    assert list(one[0].values()) == pytest.approx(list(four[0].values()), rel=1e-5)
+
+
+@pytest.mark.parametrize('overrides', [
+    dict(dropout=0.2),
+    dict(dropout=0.2, gradient_accumulation_steps=16, batch_size=3),  # 48 of 155 windows a step: over epochs
+    dict(dtype='bfloat16', bias=True),
+    dict(dtype='float16', patience=9),
+])
+def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
+    monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
+    schedule = dict(max_iters=8, lr_decay_iters=8) | overrides
+    straight, _ = project.train(out_dir='straight', **schedule)
+    # stopped between two evaluations, as Ctrl-C does
+    project.train(out_dir='halves', **schedule | dict(max_iters=4))
+    halves, out = project.resume(out_dir='halves', max_iters=8, dtype=schedule.get('dtype', 'float32'))
+    for a, b in zip(straight['raw_model'].state_dict().values(), halves['raw_model'].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('straight', 'halves'))
+    assert steps == steps2 and len(steps) == 8
+    assert val.items() <= val2.items()  # which has the evaluation at its first end too
+    if overrides.get('gradient_accumulation_steps'):
+        assert straight['batches'].epoch(4) > 1
+    if overrides.get('dtype') == 'float16':
+        assert checkpoint.load('halves/ckpt.pt')['scaler']['scale'] <= 2.0 ** 15
+
+
+def test_loss_scaling_starts_at_2_to_the_15(project, monkeypatch):
+    monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
+    ran, _ = project.train(dtype='float16', max_iters=1)
+    assert ran['scaler'].is_enabled() and ran['scaler'].get_scale() == 2.0 ** 15
+
+
+def test_resume_keeps_the_config_and_goes_on_from_the_last_step(project):
+    project.train(dropout=0.1, n_layer=1, max_iters=4, lr_decay_iters=9)
+    ran, out = project.resume(max_iters=6)
+    assert ran['dropout'] == 0.1 and ran['n_layer'] == 1 and ran['lr_decay_iters'] == 9 and ran['batch_size'] == 4
+    assert 'iter 4:' in out and 'iter 3:' not in out and 'step 4:' not in out  # evaluated before it stopped
+
+
+def test_resuming_another_architecture_is_refused(project):
+    project.train()
+    before = (project.folder / 'out' / 'ckpt.pt').read_bytes(), log(project.folder)
+    with pytest.raises(InputError, match='has n_embd=32, but this run asks for 64'):
+        project.resume(n_embd=64, max_iters=9)
+    with pytest.raises(InputError, match='nothing left to do'):
+        project.resume()
+    write_tokens(project.folder / 'data' / 'other', [1] * 99, [1] * 99, tokenizer={'kind': 'chars', 'chars': ['a', 'b']})
+    with pytest.raises(InputError, match='another tokenizer'):
+        project.resume(max_iters=9, dataset='other')
+    assert before == ((project.folder / 'out' / 'ckpt.pt').read_bytes(), log(project.folder))
+
+
+def test_best_and_newest(project):
+    project.train(max_iters=3)
+    project.resume(max_iters=9, learning_rate=9.0, min_lr=9.0)  # ruins the model
+    newest, best = checkpoint.load('out/ckpt.pt'), checkpoint.load('out/best.pt')
+    val = losses(project.folder)[1]
+    assert newest['iter_num'] == 9 and best['iter_num'] == newest['best_iter'] == 3 and val[9] > val[3]
+    assert best['best_val_loss'] == newest['best_val_loss'] == val[3]
+    project.train(max_iters=2, eval_interval=100, always_save_checkpoint=False, out_dir='only')
+    assert checkpoint.load('only/best.pt')['iter_num'] == 2  # the end is evaluated whatever the interval
+
+
+def test_patience(project):
+    ran, _ = project.train(learning_rate=0.0, min_lr=0.0, max_iters=30, patience=2)
+    assert ran['iter_num'] == 9  # the first evaluation after training began is the best; two are not below it
+
+
+def test_max_minutes(project):
+    ran, out = project.train(max_iters=100000, eval_interval=100000, max_minutes=0.02)
+    assert 0 < ran['iter_num'] < 100000
+    assert checkpoint.load('out/best.pt')['iter_num'] == ran['iter_num']
+
+
+def test_eval_only_also_after_a_resume_and_writes_nothing(project):
+    project.train()
+    before = {p.name: p.read_bytes() for p in (project.folder / 'out').iterdir()}
+    _, out = project.resume(eval_only=True)
+    assert f'val loss {losses(project.folder)[1][6]:.4f}' in out and 'iter' not in out.split('val loss')[1]
+    assert before == {p.name: p.read_bytes() for p in (project.folder / 'out').iterdir()}
+
+
+def test_loss_that_is_not_finite_stops_the_run(project):
+    project.train(max_iters=3)
+    good = (project.folder / 'out' / 'ckpt.pt').read_bytes()
+    with pytest.raises(InputError, match=r'not finite at iter [4-9]\d?: stopped'):
+        project.resume(max_iters=40, eval_interval=40, learning_rate=1e30, min_lr=1e30, log_interval=10, grad_clip=0.0)
+    assert (project.folder / 'out' / 'ckpt.pt').read_bytes() == good
+
+
+def test_finetunes_a_folder_in_hugging_face_format(project):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    theirs.save_pretrained('hf')
+    base = {k: v for k, v in TINY.items() if not k.startswith('n_')}
+    ran, out = project._in_process('train.py', options(base | dict(init_from='hf', eval_only=True)))
+    ids = torch.from_numpy(np.fromfile('data/tiny/val.bin', '<u2').astype(np.int64))
+    windows = [i * 30 // 8 * 16 for i in range(8)]
+    with torch.no_grad():
+        expected = np.mean([theirs(ids[None, w:w + 17], labels=ids[None, w:w + 17]).loss.item() for w in windows])
+    assert float(re.search(r'val loss ([\d.]+)', out)[1]) == pytest.approx(expected, abs=1e-4)
+    ran, _ = project._in_process('train.py', options(base | dict(init_from='hf')))
+    assert ran['raw_model'].config.block_size == 16 and losses(project.folder)[1][6] < expected
+    with pytest.raises(InputError, match='hf has n_layer=1, but this run asks for 2'):
+        project.train(init_from='hf')
+    with pytest.raises(InputError, match='hf has 32 positions'):
+        project._in_process('train.py', options(base | dict(init_from='hf', block_size=64)))
+
+
+def as_nanogpt(path, ran):
+    """The checkpoint as nanoGPT writes it: fewer keys, unfused optimizer, the best loss a tensor, its own config."""
+    saved = torch.load(path, weights_only=True)
+    groups = saved['optimizer']['param_groups']
+    for group in groups:
+        group['fused'] = None
+    args = {k: saved['model_args'][k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    config = {k: saved['config'][k] for k in ('dataset', 'batch_size', 'gradient_accumulation_steps', 'max_iters',
+                                              'learning_rate', 'eval_interval', 'eval_iters', 'warmup_iters')}
+    torch.save({'model': {f'_orig_mod.{k}': v for k, v in saved['model'].items()}, 'optimizer': saved['optimizer'],
+                'model_args': args, 'iter_num': saved['iter_num'], 'best_val_loss': torch.tensor(saved['best_val_loss']),
+                'config': config | {'device': 'cuda', 'dtype': 'float16', 'compile': True, 'backend': 'nccl',
+                                    'lr_decay_iters': 600000, 'min_lr': 6e-5}}, path)
+
+
+def test_nanogpt_folder_and_checkpoint(project):
+    """meta.pkl instead of meta.json; a config file as nanoGPT's are; a ckpt.pt as nanoGPT's is; resumed and sampled."""
+    data = project.folder / 'data' / 'tiny'
+    (data / 'meta.json').unlink()
+    chars = [chr(i) for i in range(256)]
+    with open(data / 'meta.pkl', 'wb') as f:
+        pickle.dump({'vocab_size': 256, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}, f)
+    (project.folder / 'train_tiny.py').write_text(
+        "# a config\nimport time\nout_dir = 'out'\nwandb_log = False # override\nwandb_run_name = 'ft-' + str(time.time())\n"
+        "dataset = 'tiny'\nalways_save_checkpoint = False\n")
+    ran, _ = project.train('train_tiny.py')
+    as_nanogpt('out/ckpt.pt', ran)
+    os.remove('out/best.pt')
+    before = losses(project.folder)[1][6]
+    ran, out = project.resume(max_iters=30)
+    assert 'iter 6:' in out and losses(project.folder)[1][30] < before
+    as_nanogpt('out/ckpt.pt', ran)
+    os.remove('out/best.pt')
+    assert len(project.sample(start='a')) >= 20
+
+
+def test_wandb_goes_on_after_a_resume(project):
+    wandb = pytest.importorskip('wandb')
+    ran, _ = project.train(wandb_log=True, wandb_run_name='test')
+    first = ran['log'].wandb_run.id
+    assert checkpoint.load('out/ckpt.pt')['wandb_id'] == first
+    ran, _ = project.resume(max_iters=8)
+    assert ran['log'].wandb_run.id == first and wandb.run is None
+    runs = list((project.folder / 'wandb').glob('offline-run-*'))
+    assert len(runs) == 2 and all(first in r.name for r in runs)
+
+
+def test_heavy_libraries_are_imported_only_when_used(project):
+    code = ('import sys, runpy; sys.argv = ["train.py"] + sys.argv[1:]; runpy.run_path(sys.argv.pop(1), run_name="__main__");'
+            'print(sorted({"wandb", "datasets", "tiktoken", "transformers", "huggingface_hub", "matplotlib"} '
+            '& set(sys.modules)))')
+    ran = subprocess.run([sys.executable, '-c', code, os.path.join(ROOT, 'train.py'), *options(TINY | dict(max_iters=1))],
+                         capture_output=True, text=True, cwd=project.folder, timeout=100,
+                         env=os.environ | {'PYTHONPATH': ROOT})
+    assert ran.stdout.strip().endswith('\n[]'), ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize('overrides, message', [
+    (dict(n_embed=5), "no config key 'n_embed'; did you mean 'n_embd'"),
+    (dict(max_iters='many'), 'max_iters must be int'),
+    (dict(max_iters=0), 'max_iters=0 must be at least 1'),
+    (dict(dataset='nothere'), 'no data in data/nothere'),
+    (dict(block_size=600), 'too few for block_size=600'),
+    (dict(n_head=3), 'n_embd=32 is not divisible by n_head=3'),
+    (dict(device='cuda'), "device='cuda' is not available"),
+    (dict(dtype='fp8'), "dtype='fp8' is not known"),
+    (dict(attn_backend='fast'), "attn_backend='fast' is not known"),
+    (dict(compile='maybe'), "compile='maybe' must be"),
+    (dict(total_batch_size=100), 'total_batch_size=100 tokens is not'),
+    (dict(init_from='resume'), 'no checkpoint out/ckpt.pt'),
+    (dict(init_from='gpt2'), "gpt2 needs tokens of GPT-2's tokenizer"),
+    (dict(out_dir='data/tiny/val.bin/x'), 'cannot be written'),
+])
+def test_bad_input_is_refused_before_anything_is_written(project, overrides, message):
+    if 'total_batch_size' in overrides:
+        overrides['gradient_accumulation_steps'] = None
+    if overrides.get('device') == 'cuda' and torch.cuda.is_available():
+        pytest.skip('there is one')
+    with pytest.raises(InputError, match=message):
+        project.train(**overrides)
+    assert not os.path.exists('out') or not os.listdir('out')
+
+
+def test_batch_that_cannot_be_divided(project, monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(InputError, match='gradient_accumulation_steps=3 cannot be divided among 2 processes'):
+        project.train(gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_saves_and_can_go_on(project, signum):
+    run = subprocess.Popen(project.command('train.py', *options(TINY | dict(max_iters=100000, eval_interval=100000,
+                                                                            dropout=0.1))),
+                           stdout=subprocess.PIPE, text=True, cwd=project.folder)
+    for line in run.stdout:
+        if line.startswith('iter 20:'):
+            run.send_signal(signum)
+            break
+    out = run.stdout.read()
+    assert run.wait(30) == 0 and 'go on with --init_from=resume --out_dir=out' in out
+    stopped = checkpoint.load('out/ckpt.pt')['iter_num']
+    assert stopped > 20
+    project.resume(max_iters=stopped + 2, lr_decay_iters=100000)
+    project.train(out_dir='straight', max_iters=stopped + 2, eval_interval=100000, dropout=0.1, lr_decay_iters=100000)
+    assert losses(project.folder)[0] == losses(project.folder, 'straight')[0]
+
+
+def test_two_processes_train_as_one(project):
+    setup = dict(gradient_accumulation_steps=4, dropout=0.0, max_iters=6, patience=5, max_minutes=5.0)
+    project.train(out_dir='one', **setup)
+    start = time.time()
+    ran = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                          os.path.join(ROOT, 'train.py'), *options(TINY | setup | dict(out_dir='two'))],
+                         capture_output=True, text=True, cwd=project.folder, timeout=120,
+                         env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert ran.returncode == 0, ran.stderr
+    one, two = losses(project.folder, 'one'), losses(project.folder, 'two')
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
+    assert ran.stdout.count('iter 3:') == ran.stdout.count('step 3:') == 1
+    assert ran.stdout.count('saving checkpoint') == 2 and time.time() - start < 120
