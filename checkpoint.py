@@ -34,7 +34,7 @@ def save(out_dir, checkpoint, best):
             if os.path.exists(leftover):
                 os.remove(leftover)
         free = shutil.disk_usage(out_dir).free / 1e9
-        raise InputError(f'could not write {path} ({free:.2f} GB free): {e}; the previous checkpoint is whole') from None
+        raise InputError(f'could not write {path} ({free:.2f} GB free): {e}; the previous one is whole') from None
 
 
 def _link(source, target):

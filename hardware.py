@@ -6,8 +6,8 @@ rate that a large matmul is measured to reach.
 
 import contextlib
 import ctypes
+import platform
 import re
-import statistics
 import sys
 import time
 
@@ -69,6 +69,12 @@ def device_name(device):
     if device.type == 'cpu':
         return f'{_cpu().get("cpu_name", "CPU")}, {torch.get_num_threads()} threads'
     return device.type.upper()
+
+
+def versions():
+    """What a measured figure has to name: the device and the versions under it."""
+    device = find_device('auto')
+    return {'device': device_name(device), 'torch': torch.__version__, 'python': platform.python_version()}
 
 
 def prepare(device, tf32=True):
@@ -241,7 +247,8 @@ def _cpu():
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
 
 
-def _median_seconds(run, device, repeats=7):
+def _seconds(run, device, repeats=15):
+    """The shortest of several runs: what the device can do, whatever else it is doing."""
     for _ in range(2):
         run()
     seconds = []
@@ -251,7 +258,7 @@ def _median_seconds(run, device, repeats=7):
         run()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _linear_seconds(dtype, rows, n_in, n_out):
@@ -261,7 +268,7 @@ def _linear_seconds(dtype, rows, n_in, n_out):
     def run():
         y = F.linear(x.to(dtype), w.to(dtype))  # the casts are part of the price
         y.backward(y.detach())
-    return _median_seconds(run, torch.device('cpu'))
+    return _seconds(run, torch.device('cpu'))
 
 
 def _random_matrix(n, device, dtype):
@@ -273,4 +280,4 @@ def _random_matrix(n, device, dtype):
 def _matmul_flops(device, dtype):
     n = 8192 if device.type == 'cuda' else 1024
     a = _random_matrix(n, device, dtype)
-    return 2 * n ** 3 / _median_seconds(lambda: a @ a, device)
+    return 2 * n ** 3 / _seconds(lambda: a @ a, device)

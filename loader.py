@@ -19,7 +19,7 @@ from configurator import InputError
 
 
 class Tokens:
-    """The files of one split as one sequence of windows. Raises InputError for files that are not what they should be."""
+    """The files of one split as one sequence of windows. Raises InputError for files that cannot be."""
 
     def __init__(self, data_dir, split, meta, block_size, n_ids=None):
         """meta: from tokenizer.read_meta. n_ids: ids from here up are refused (default: the tokenizer's vocabulary)."""

@@ -56,8 +56,10 @@ class GPTConfig:
         return cls(**{**model_args, **overrides})
 
     def to_save(self):
-        """What the weights depend on, as plain values."""
-        return {k: v for k, v in asdict(self).items() if k not in ('attn_backend', 'loss_chunk')}
+        """What the weights depend on, as plain values: nanoGPT's keys, and of the others those that say more."""
+        saved = asdict(self)
+        ours = {'activation': 'gelu', 'tied': True, 'n_ids': self.vocab_size}  # what they are if absent
+        return {k: v for k, v in saved.items() if k not in ('attn_backend', 'loss_chunk') and ours.get(k) != v}
 
 
 def sdpa(q, k, v, dropout):

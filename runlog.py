@@ -13,26 +13,19 @@ from configurator import InputError
 
 
 class RunLog:
-    def __init__(self, out_dir, header, resume_at=None):
-        """A new log; or, resumed at that step, the old one without what will be done again."""
+    def __init__(self, out_dir, header, resume_at=None, wandb_options=None):
+        """
+        A new log; or, resumed at step resume_at, the old one without what will be done again. wandb_options: None, or
+        what wandb.init takes. `wandb_id` is then the run's id. Raises InputError, before anything is overwritten.
+        """
+        self.wandb_run = wandb_options and _start_wandb(wandb_options)
+        self.wandb_id = self.wandb_run and self.wandb_run.id
         path, kept = os.path.join(out_dir, 'log.jsonl'), []
         if resume_at is not None and os.path.exists(path):
             with open(path, encoding='utf-8') as f:
                 kept = [line for line in f if _precedes(json.loads(line), resume_at)]
         self.file = open(path, 'w', encoding='utf-8')
         self.file.writelines(kept or [json.dumps(header) + '\n'])
-        self.wandb_run = None
-
-    def start_wandb(self, project, name, config, run_id):
-        """Send the lines to W&B too, into the run `run_id` if it is not None. Returns the run's id."""
-        try:
-            import wandb
-            self.wandb_run = wandb.init(project=project, name=name, config=config, id=run_id,
-                                        resume='allow' if run_id else None)
-        except Exception as e:  # not installed, not logged in, no network: all before the first step
-            raise InputError(f'wandb_log=True, but W&B does not start ({e}): pip install wandb and wandb login, or set '
-                             f'WANDB_MODE=offline') from None
-        return self.wandb_run.id
 
     def write(self, record):
         self.file.write(json.dumps(record) + '\n')
@@ -50,3 +43,12 @@ class RunLog:
 def _precedes(record, step):
     """Whether a run that goes on before `step` has done this already. An evaluation comes before the step it names."""
     return 'iter' not in record or record['iter'] < step or record['iter'] == step and 'val_loss' in record
+
+
+def _start_wandb(options):
+    try:
+        import wandb
+        return wandb.init(**options)
+    except Exception as e:  # not installed, not logged in, no network
+        raise InputError(f'wandb_log=True, but W&B does not start ({e}): pip install wandb and wandb login, or set '
+                         f'WANDB_MODE=offline') from None

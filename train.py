@@ -44,7 +44,7 @@ wandb_log = False  # besides log.jsonl
 wandb_project = 'soloGPT'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'pystdlib'  # the folder data/<dataset>
+dataset: str | None = None  # the folder data/<dataset>; None: openwebtext if it is there, as in nanoGPT, else pystdlib
 prepare_data = False  # run data/<dataset>/prepare.py if its token files are missing
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024  # tokens in a sequence
@@ -144,6 +144,8 @@ if master and not eval_only:
     checkpoint.check_writable(out_dir)
 
 # data
+if dataset is None:
+    dataset = config['dataset'] = 'openwebtext' if os.path.exists('data/openwebtext/train.bin') else 'pystdlib'
 data_dir = os.path.join('data', dataset)
 if prepare_data and master and not os.path.exists(os.path.join(data_dir, 'meta.json')):
     print(f'preparing {data_dir} ...', flush=True)
@@ -242,9 +244,10 @@ if master and not eval_only:
         'config': config, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
         'parameters': raw_model.n_params(), 'trained': n_trained, 'flops_per_token': flops_per_token,
         'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter,
-    }, resume_at=iter_num if resumed else None)
-    if wandb_log:
-        wandb_id = log.start_wandb(wandb_project, wandb_run_name, config, wandb_id)
+    }, resume_at=iter_num if resumed else None, wandb_options={
+        'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
+        'resume': 'allow' if wandb_id else None} if wandb_log else None)
+    wandb_id = log.wandb_id or wandb_id
 
 
 @torch.no_grad()
@@ -408,8 +411,8 @@ if master and sample_tokens and not interrupted:
     text = tokenizer.from_dict(meta['tokenizer'])
     with autocast:
         ids = raw_model.generate(torch.tensor([text.encode(sample_start)], device=device), sample_tokens,
-                                 temperature=0.8, top_k=200, window_step=max(1, block_size // 8))
-    print(f'{"-" * 40} a sample {"-" * 40}\n{text.decode(ids[0].tolist())}')
+                                 temperature=0.8, top_k=200, eot=text.eot, window_step=max(1, block_size // 8))
+    print(f'{"-" * 40} a sample {"-" * 40}\n{text.decode([i for i in ids[0].tolist() if i != text.eot])}')
 if log:
     log.close()
 if ddp:

@@ -8,9 +8,9 @@ dataset = 'pystdlib'
 prepare_data = True
 eval_interval = 500
 eval_iters = 8
-log_interval = 50
+log_interval = 100
 sample_tokens = 600
-sample_start = 'class '
+sample_start = '    def __init__(self, '
 max_minutes = 1.4  # for slower machines
 
 gradient_accumulation_steps = 1
@@ -19,9 +19,9 @@ block_size = 128
 
 n_layer = 4
 n_head = 4
-n_embd = 192
+n_embd = 128
 
-learning_rate = 4e-3
-max_iters = 1600
+learning_rate = 3e-3
+max_iters = 2500
 warmup_iters = 50
 beta2 = 0.99

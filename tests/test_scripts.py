@@ -45,7 +45,8 @@ def test_prepared_text_is_split_by_characters(project):
     assert (data / 'val.bin').read_bytes() == b'b\0' * 10
     (project.folder / 'latin1.txt').write_bytes('é'.encode('latin-1'))
     for argv, message in ((['nothere.txt'], 'nothere.txt cannot be read'), (['latin1.txt'], 'is not UTF-8'),
-                          (['a.txt', '--val=2'], '--val=2.0 must be'), (['a.txt', '--tokenizer=gpt9'], 'invalid choice')):
+                          (['a.txt', '--val=2'], '--val=2.0 must be'),
+                          (['a.txt', '--tokenizer=gpt9'], 'invalid choice')):
         ran = project.run(script, *argv)
         assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 

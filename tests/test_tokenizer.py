@@ -95,7 +95,8 @@ def test_pickle_cannot_run_code(tmp_path, monkeypatch):
     assert not os.path.exists('ran')
 
 
-@pytest.mark.parametrize('content', ['{', '[]', '{"vocab_size": 3}', '{"vocab_size": 3, "tokenizer": {}, "dtype": "int8"}'])
+@pytest.mark.parametrize('content', ['{', '[]', '{"vocab_size": 3}',
+                                     '{"vocab_size": 3, "tokenizer": {}, "dtype": "int8"}'])
 def test_damaged_meta(tmp_path, content):
     (tmp_path / 'meta.json').write_text(content)
     with pytest.raises(InputError, match='damaged'):

@@ -73,7 +73,8 @@ def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
     # stopped between two evaluations, as Ctrl-C does
     project.train(out_dir='halves', **schedule | dict(max_iters=4))
     halves, out = project.resume(out_dir='halves', max_iters=8, dtype=schedule.get('dtype', 'float32'))
-    for a, b in zip(straight['raw_model'].state_dict().values(), halves['raw_model'].state_dict().values(), strict=True):
+    weights = [list(run['raw_model'].state_dict().values()) for run in (straight, halves)]
+    for a, b in zip(*weights, strict=True):
         assert torch.equal(a, b)
     (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('straight', 'halves'))
     assert steps == steps2 and len(steps) == 8
@@ -104,7 +105,8 @@ def test_resuming_another_architecture_is_refused(project):
         project.resume(n_embd=64, max_iters=9)
     with pytest.raises(InputError, match='nothing left to do'):
         project.resume()
-    write_tokens(project.folder / 'data' / 'other', [1] * 99, [1] * 99, tokenizer={'kind': 'chars', 'chars': ['a', 'b']})
+    write_tokens(project.folder / 'data' / 'other', [1] * 99, [1] * 99,
+                 tokenizer={'kind': 'chars', 'chars': ['a', 'b']})
     with pytest.raises(InputError, match='another tokenizer'):
         project.resume(max_iters=9, dataset='other')
     assert before == ((project.folder / 'out' / 'ckpt.pt').read_bytes(), log(project.folder))
@@ -152,7 +154,7 @@ def test_finetunes_a_folder_in_hugging_face_format(project):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+        vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2)).eval()
     theirs.save_pretrained('hf')
     base = {k: v for k, v in TINY.items() if not k.startswith('n_')}
     ran, out = project._in_process('train.py', options(base | dict(init_from='hf', eval_only=True)))
@@ -175,11 +177,12 @@ def as_nanogpt(path, ran):
     groups = saved['optimizer']['param_groups']
     for group in groups:
         group['fused'] = None
-    args = {k: saved['model_args'][k] for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    args = {k: v for k, v in saved['model_args'].items() if k not in ('activation', 'tied', 'n_ids')}
     config = {k: saved['config'][k] for k in ('dataset', 'batch_size', 'gradient_accumulation_steps', 'max_iters',
                                               'learning_rate', 'eval_interval', 'eval_iters', 'warmup_iters')}
     torch.save({'model': {f'_orig_mod.{k}': v for k, v in saved['model'].items()}, 'optimizer': saved['optimizer'],
-                'model_args': args, 'iter_num': saved['iter_num'], 'best_val_loss': torch.tensor(saved['best_val_loss']),
+                'model_args': args, 'iter_num': saved['iter_num'],
+                'best_val_loss': torch.tensor(saved['best_val_loss']),
                 'config': config | {'device': 'cuda', 'dtype': 'float16', 'compile': True, 'backend': 'nccl',
                                     'lr_decay_iters': 600000, 'min_lr': 6e-5}}, path)
 
@@ -192,8 +195,8 @@ def test_nanogpt_folder_and_checkpoint(project):
     with open(data / 'meta.pkl', 'wb') as f:
         pickle.dump({'vocab_size': 256, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}, f)
     (project.folder / 'train_tiny.py').write_text(
-        "# a config\nimport time\nout_dir = 'out'\nwandb_log = False # override\nwandb_run_name = 'ft-' + str(time.time())\n"
-        "dataset = 'tiny'\nalways_save_checkpoint = False\n")
+        "# a config\nimport time\nout_dir = 'out'\nwandb_log = False # override\n"
+        "wandb_run_name = 'ft-' + str(time.time())\ndataset = 'tiny'\nalways_save_checkpoint = False\n")
     ran, _ = project.train('train_tiny.py')
     as_nanogpt('out/ckpt.pt', ran)
     os.remove('out/best.pt')
@@ -217,13 +220,13 @@ def test_wandb_goes_on_after_a_resume(project):
 
 
 def test_heavy_libraries_are_imported_only_when_used(project):
-    code = ('import sys, runpy; sys.argv = ["train.py"] + sys.argv[1:]; runpy.run_path(sys.argv.pop(1), run_name="__main__");'
-            'print(sorted({"wandb", "datasets", "tiktoken", "transformers", "huggingface_hub", "matplotlib"} '
-            '& set(sys.modules)))')
-    ran = subprocess.run([sys.executable, '-c', code, os.path.join(ROOT, 'train.py'), *options(TINY | dict(max_iters=1))],
-                         capture_output=True, text=True, cwd=project.folder, timeout=100,
+    heavy = {'wandb', 'datasets', 'tiktoken', 'transformers', 'huggingface_hub', 'safetensors', 'matplotlib'}
+    code = (f'import sys, runpy; runpy.run_path(sys.argv.pop(1), run_name="__main__"); '
+            f'print(sorted({heavy} & set(sys.modules)))')
+    command = [sys.executable, '-c', code, os.path.join(ROOT, 'train.py'), *options(TINY | dict(max_iters=1))]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=project.folder, timeout=100,
                          env=os.environ | {'PYTHONPATH': ROOT})
-    assert ran.stdout.strip().endswith('\n[]'), ran.stdout + ran.stderr
+    assert ran.stdout.endswith('\n[]\n'), ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize('overrides, message', [

@@ -1,0 +1,98 @@
+"""This trainer against a peer with nanoGPT's command line: speed of training and of sampling, side by side."""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from configurator import InputError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# nanoGPT's README configuration for a CPU, whole; and a model large enough for the matmuls to matter, a few iterations
+SETUPS = {
+    'characters, 4 layers x 128, T=64, B=12': dict(
+        block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0,
+        eval_iters=20, eval_interval=2000, log_interval=1),
+    'characters, 6 layers x 384, T=256, B=16': dict(
+        block_size=256, batch_size=16, n_layer=6, n_head=6, n_embd=384, max_iters=12, lr_decay_iters=2000, dropout=0.0,
+        eval_iters=1, eval_interval=12, log_interval=1, always_save_checkpoint=True),
+}
+CONFIG = os.path.join('config', 'train_shakespeare_char.py')
+
+
+def measure(config):
+    """The figures as plain values. Trains in a temporary folder, with the peer's token files. Raises InputError."""
+    peer = os.path.abspath(config['peer'])
+    data = os.path.join(peer, 'data', 'shakespeare_char')
+    for needed in (os.path.join(peer, 'train.py'), os.path.join(data, 'train.bin')):
+        if not config['peer'] or not os.path.exists(needed):
+            raise InputError(f'peer={config["peer"]!r}: there is no {needed}; give the folder of a nanoGPT in which '
+                             f'python data/shakespeare_char/prepare.py has run')
+    figures = {}
+    with tempfile.TemporaryDirectory() as out:
+        for name, setup in SETUPS.items():
+            rows = {'peer': [], 'here': []}
+            for _ in range(config['runs']):
+                for who, folder in (('peer', peer), ('here', ROOT)):
+                    rows[who].append(_train(folder, os.path.join(out, who), setup | {'dataset': data}))
+            figures[name] = _compare(rows, setup['batch_size'] * setup['block_size'])
+            _show(name, figures[name])
+        # both continue the peer's checkpoint of the last setup
+        rows = {'peer': [], 'here': []}
+        for _ in range(config['runs']):
+            for who, folder in (('peer', peer), ('here', ROOT)):
+                rows[who].append(_sampling_speed(folder, os.path.join(out, 'peer')))
+        name = 'sampling 500 tokens, 6 layers x 384, T=256, one sample'
+        figures[name] = {who: {'tokens_per_s': statistics.median(speeds)} for who, speeds in rows.items()}
+        figures[name]['ratio'] = statistics.median(h / p for h, p in zip(rows['here'], rows['peer'], strict=True))
+        _show(name, figures[name])
+    return figures
+
+
+def _run(folder, script, options):
+    command = [sys.executable, script, *(f'--{key}={value}' for key, value in options.items())]
+    if script == 'train.py':
+        command.insert(2, CONFIG)
+    start = time.perf_counter()
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if ran.returncode:
+        raise InputError(f'{" ".join(command)} failed in {folder}: {ran.stderr.strip().splitlines()[-1]}')
+    return ran.stdout, time.perf_counter() - start
+
+
+def _train(folder, out_dir, setup):
+    out, _ = _run(folder, 'train.py', setup | {'out_dir': out_dir, 'device': 'cpu', 'compile': False})
+    times = [float(t) for t in re.findall(r'^iter \d+: .*?time ([\d.]+)ms', out, re.M)]
+    evaluated = re.findall(r'^step (\d+): .*?val loss ([\d.]+)', out, re.M)
+    # the first iterations warm up; in nanoGPT those beside an evaluation include it, which a median passes over
+    return {'ms': statistics.median(times[3:]), 'val_loss': float(evaluated[-1][1]),
+            'iterations': int(evaluated[-1][0])}
+
+
+def _sampling_speed(folder, out_dir):
+    """Tokens per second from whole runs that differ only in how many tokens they draw."""
+    options = {'out_dir': out_dir, 'device': 'cpu', 'num_samples': 1, 'start': 'A'}
+    _, long = _run(folder, 'sample.py', options | {'max_new_tokens': 501})
+    _, short = _run(folder, 'sample.py', options | {'max_new_tokens': 1})
+    return 500 / (long - short)
+
+
+def _compare(rows, tokens):
+    figures = {who: {'ms_per_iteration': statistics.median(r['ms'] for r in runs),
+                     'tokens_per_s': tokens / statistics.median(r['ms'] for r in runs) * 1000,
+                     'val_loss': [r['val_loss'] for r in runs], 'iterations': runs[0]['iterations']}
+               for who, runs in rows.items()}
+    figures['ratio'] = statistics.median(p['ms'] / h['ms'] for h, p in zip(rows['here'], rows['peer'], strict=True))
+    return figures
+
+
+def _show(name, figures):
+    print(name)
+    for who in ('peer', 'here'):
+        print(f'  {who}: ' + ', '.join(f'{k} {v:,.1f}' if isinstance(v, float) else f'{k} {v}'
+                                       for k, v in figures[who].items()))
+    print(f'  tokens per second, here / peer: {figures["ratio"]:.2f}', flush=True)
