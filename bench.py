@@ -25,9 +25,13 @@ config, given = configure(globals())
 
 if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'bench', f'{suite}.py')):
     raise InputError(f'there is no suite {suite!r} in bench/')
+dest = dest or os.path.join('results', f'{suite}.json')
+if not os.path.isdir(os.path.dirname(dest) or '.'):
+    raise InputError(f'dest={dest}: there is no such folder')
+if runs < 1:
+    raise InputError(f'runs={runs} must be at least 1')
 started = time.strftime('%Y-%m-%d')
 figures = importlib.import_module(f'bench.{suite}').measure(config)
-dest = dest or os.path.join('results', f'{suite}.json')
 with open(dest, 'w', encoding='utf-8') as f:
     command = ' '.join(['python bench.py', *(f'--{key}={config[key]}' for key in config if key in given)])
     json.dump({'command': command, 'date': started, **hardware.versions(), 'figures': figures}, f, indent=1)

@@ -20,37 +20,37 @@ from configurator import InputError
 def save(out_dir, checkpoint, best):
     """Write out_dir/ckpt.pt; if `best`, out_dir/best.pt is the same file. Raises InputError if it cannot."""
     path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
+    _remove(path + '.tmp', best_path + '.tmp')  # of a save that was killed; one may be best.pt's own file
     try:
         with open(path + '.tmp', 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
         if best:
-            _link(path + '.tmp', best_path + '.tmp')
+            try:
+                os.link(path + '.tmp', best_path + '.tmp')
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path + '.tmp', best_path + '.tmp')
             os.replace(best_path + '.tmp', best_path)
         os.replace(path + '.tmp', path)
     except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
-        for leftover in (path + '.tmp', best_path + '.tmp'):
-            if os.path.exists(leftover):
-                os.remove(leftover)
+        _remove(path + '.tmp', best_path + '.tmp')
         free = shutil.disk_usage(out_dir).free / 1e9
         raise InputError(f'could not write {path} ({free:.2f} GB free): {e}; the previous one is whole') from None
 
 
-def _link(source, target):
-    if os.path.exists(target):
-        os.remove(target)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
+def _remove(*paths):
+    for path in paths:
+        if os.path.lexists(path):
+            os.remove(path)
 
 
-def drop_best(out_dir):
-    """Remove a best.pt left in out_dir by an earlier run."""
-    path = os.path.join(out_dir, 'best.pt')
-    if os.path.exists(path):
-        os.remove(path)
+def set_aside(out_dir):
+    """Keep what an earlier run left in out_dir as *.old, so that a new one cannot destroy it. Returns the names."""
+    found = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
+    for name in found:
+        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + '.old'))
+    return found
 
 
 def check_writable(out_dir):
@@ -83,8 +83,9 @@ def load(path):
     for key, kind in (('model', dict), ('model_args', dict), ('iter_num', int)):
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise InputError(f'{path} is not a soloGPT or nanoGPT checkpoint: it has no {key!r}')
-    # nanoGPT saves a compiled model's names with this prefix
-    checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+    # nanoGPT saves a compiled model's names with a prefix, and with old versions of torch the causal masks
+    checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()
+                           if not k.endswith('.attn.bias')}
     return checkpoint
 
 
@@ -118,6 +119,8 @@ def load_hf(source):
     try:
         with open(paths['config.json'], encoding='utf-8') as f:
             config = json.load(f)
+        if not isinstance(config, dict):
+            raise ValueError('config.json is no object')
         return config, load_file(paths['model.safetensors'])
     except (ValueError, SafetensorError) as e:
         raise InputError(f'{source}: damaged or not in Hugging Face format: {str(e)[:100]}') from None

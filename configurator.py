@@ -29,9 +29,8 @@ def configure(namespace, argv=None):
     """
     Apply the command line to `namespace`, a script's globals().
 
-    Returns (config, given): every key with its final value, and the set of keys that a config file or the command
-    line has set. Prints the final config; `--help` prints every key with its default and its comment, and exits.
-    Raises InputError.
+    Returns (config, given): every key with its final value, and the keys that a config file or the command line has
+    set, in that order. `--help` prints every key with its default and its comment, and exits. Raises InputError.
     """
     report_errors()
     argv = sys.argv[1:] if argv is None else argv
@@ -40,7 +39,7 @@ def configure(namespace, argv=None):
         print(_help(namespace, keys))
         raise SystemExit(0)
     config = {key: namespace[key] for key in keys}
-    given = set()
+    given = {}  # used as an ordered set
     for arg in argv:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
@@ -49,10 +48,10 @@ def configure(namespace, argv=None):
             overrides, source = {key: text}, 'command line'
         else:
             overrides, source = _run_config_file(arg, config), arg
-        apply(config, keys, overrides, source)
-        given |= overrides.keys()
+        apply(config, keys, overrides, source, from_text=arg.startswith('--'))
+        given = {k: None for k in given if k not in overrides} | dict.fromkeys(overrides)
     namespace.update(config)
-    return config, given
+    return config, list(given)
 
 
 def report_errors():
@@ -60,14 +59,14 @@ def report_errors():
     sys.excepthook = _report
 
 
-def apply(config, keys, overrides, source):
+def apply(config, keys, overrides, source, from_text=False):
     """Set config[key] for each override, converted to the key's type. keys: name -> Key. Raises InputError."""
     for name, value in overrides.items():
         if name not in keys:
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
             hint = f'did you mean {near[0]!r}?' if near else '--help lists every key'
             raise InputError(f'{source}: there is no config key {name!r}; {hint}')
-        config[name] = _convert(name, value, keys[name].types, from_text=source == 'command line', source=source)
+        config[name] = _convert(name, value, keys[name].types, from_text, source)
 
 
 def inherit(namespace, config, given, saved, source, except_keys=()):
@@ -80,8 +79,7 @@ def inherit(namespace, config, given, saved, source, except_keys=()):
 
 def describe(config, given):
     """The whole config in a few lines, those keys first that were set."""
-    parts = [f'{k}={v!r}' for k, v in config.items() if k in given] + ['|']
-    parts += [f'{k}={v!r}' for k, v in config.items() if k not in given]
+    parts = [f'{k}={config[k]!r}' for k in given] + ['|'] + [f'{k}={v!r}' for k, v in config.items() if k not in given]
     return textwrap.fill('config: ' + ' '.join(parts), 118, subsequent_indent='  ', break_long_words=False,
                          break_on_hyphens=False)
 
@@ -119,8 +117,9 @@ def _read_keys(path):
             continue
         if name.startswith('_') or not kinds <= {'bool', 'int', 'float', 'str', 'None'}:
             continue
-        if node.lineno - 1 in own_line and not comments[node.lineno - 1].startswith('...'):
-            heading = comments[node.lineno - 1]
+        above = comments[node.lineno - 1] if node.lineno - 1 in own_line else ''
+        if above.strip('-') and not above.startswith('...'):
+            heading = above
         comment = comments.get(node.lineno, '')
         line = node.end_lineno + 1
         while line in own_line and comments[line].startswith('...'):  # a comment that goes on below the key
@@ -145,7 +144,7 @@ def _run_config_file(path, config):
     except Exception as e:
         line = getattr(e, 'lineno', None) or _line_in(e, path)
         raise InputError(f'{path}, line {line}: {type(e).__name__}: {e}') from None
-    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assigned = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     return {name: names[name] for name in assigned if name in names and not name.startswith('_')}
 
 
@@ -164,7 +163,7 @@ def _convert(name, value, kinds, from_text, source):
         text = value
         try:
             value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
             value = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
         if 'str' in kinds and type(value).__name__ not in kinds:
             value = text

@@ -86,6 +86,7 @@ def prepare(device, tf32=True):
     activation to the system and takes it back page by page in the next step (16 % of a step at width 384).
     """
     if device.type == 'cuda':
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
     if device.type == 'cpu':
         if sys.platform == 'linux':
@@ -205,11 +206,24 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+@contextlib.contextmanager
+def memory_advice(batch_size, accumulation):
+    """Turns running out of a GPU's memory into an InputError that names the same step in smaller pieces."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        smaller = max((n for n in range(1, batch_size) if batch_size % n == 0), default=None)
+        advice = (f'the same step in smaller pieces is --batch_size={smaller} '
+                  f'--gradient_accumulation_steps={accumulation * batch_size // smaller}' if smaller else
+                  'choose a smaller block_size or model')
+        raise InputError(f'out of GPU memory with batch_size={batch_size}: {advice}') from None
+
+
 class StepClock:
     """Seconds that a device spends in training steps; it stands still while the run evaluates and saves."""
 
     def __init__(self, device):
-        self.device, self.total, self._lap, self._since = device, 0.0, 0.0, None
+        self.device, self.total, self._lapped, self._since = device, 0.0, 0.0, None
 
     def start(self):
         if self._since is None:
@@ -218,16 +232,19 @@ class StepClock:
     def stop(self):
         if self._since is not None:
             synchronize(self.device)
-            self._lap += time.perf_counter() - self._since
+            self.total += time.perf_counter() - self._since
             self._since = None
 
-    def lap(self, count=True):
-        """Seconds since the last lap; added to `total` unless they are warm-up."""
+    def lap(self):
+        """Seconds since the last lap."""
         self.stop()
-        lap, self._lap = self._lap, 0.0
-        self.total += lap if count else 0.0
+        lap, self._lapped = self.total - self._lapped, self.total
         self.start()
         return lap
+
+    def forget(self):
+        """The seconds so far were warm-up: they do not count."""
+        self.total = self._lapped = 0.0
 
 
 def peak_memory_gb(device):
@@ -247,12 +264,11 @@ def _cpu():
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
 
 
-def _seconds(run, device, repeats=15):
-    """The shortest of several runs: what the device can do, whatever else it is doing."""
-    for _ in range(2):
-        run()
-    seconds = []
-    for _ in range(repeats):
+def _seconds(run, device, budget=0.3):
+    """The shortest of as many runs as `budget` seconds hold: what the device can do, whatever else it is doing."""
+    run()
+    seconds, end = [], time.perf_counter() + budget
+    while not seconds or time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
         run()
@@ -262,7 +278,7 @@ def _seconds(run, device, repeats=15):
 
 
 def _linear_seconds(dtype, rows, n_in, n_out):
-    x = torch.ones(min(rows, 4096), n_in, requires_grad=True)
+    x = torch.ones(min(rows, 512), n_in, requires_grad=True)
     w = torch.ones(n_out, n_in, requires_grad=True)
 
     def run():
@@ -278,6 +294,9 @@ def _random_matrix(n, device, dtype):
 
 
 def _matmul_flops(device, dtype):
-    n = 8192 if device.type == 'cuda' else 1024
+    n = {'cuda': 8192, 'cpu': 1024}.get(device.type, 4096)
     a = _random_matrix(n, device, dtype)
-    return 2 * n ** 3 / _seconds(lambda: a @ a, device)
+    rate = 2 * n ** 3 / _seconds(lambda: a @ a, device)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)  # the run's peak is not this one
+    return rate

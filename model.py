@@ -18,7 +18,7 @@ from configurator import InputError
 
 @dataclass
 class GPTConfig:
-    """What the weights' shapes and meaning follow from, and how the model is to be computed (the last two)."""
+    """What the weights' shapes and meaning follow from; and, last, one key of how to compute."""
     block_size: int = 1024
     vocab_size: int = 50304  # rows of the embedding table
     n_layer: int = 12
@@ -29,16 +29,14 @@ class GPTConfig:
     activation: str = 'gelu'  # or 'gelu_new', the tanh form that OpenAI's weights were trained with
     tied: bool = True  # whether lm_head is the embedding table
     n_ids: int | None = None  # ids from here up are padding of the table and never sampled; None: vocab_size
-    attn_backend: str = 'sdpa'  # 'sdpa' or 'math': see ATTENTION
     loss_chunk: int | None = None  # tokens per piece of the cross-entropy; None: chosen by vocab_size; 0: all at once
 
     def __post_init__(self):
         self.n_ids = self.n_ids or self.vocab_size
         if self.loss_chunk is None:  # a small vocabulary's logits are no larger than the activations
-            self.loss_chunk = 2048 if self.vocab_size >= 8192 else 0
-        for key, allowed in (('activation', ACTIVATIONS), ('attn_backend', ATTENTION)):
-            if getattr(self, key) not in allowed:
-                raise InputError(f'{key}={getattr(self, key)!r} is not known: use {" or ".join(allowed)}')
+            self.loss_chunk = 1024 if self.vocab_size >= 8192 else 0
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f'activation={self.activation!r} is not known: use {" or ".join(ACTIVATIONS)}')
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, key) < 1:
                 raise InputError(f'{key}={getattr(self, key)} must be at least 1')
@@ -59,7 +57,7 @@ class GPTConfig:
         """What the weights depend on, as plain values: nanoGPT's keys, and of the others those that say more."""
         saved = asdict(self)
         ours = {'activation': 'gelu', 'tied': True, 'n_ids': self.vocab_size}  # what they are if absent
-        return {k: v for k, v in saved.items() if k not in ('attn_backend', 'loss_chunk') and ours.get(k) != v}
+        return {k: v for k, v in saved.items() if k != 'loss_chunk' and ours.get(k) != v}
 
 
 def sdpa(q, k, v, dropout):
@@ -92,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.attend = ATTENTION[config.attn_backend]
+        self.attend = sdpa
 
     def forward(self, x, cache=None):
         """x: (B, T, n_embd); cache: this layer's keys and values of the positions before x, to which x's are added."""
@@ -150,6 +148,11 @@ class GPT(nn.Module):
                 nn.init.normal_(p, mean=0.0, std=std)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
+
+    def use_attention(self, backend):
+        """'sdpa' or 'math': the same values by another kernel."""
+        for block in self.transformer.h:
+            block.attn.attend = ATTENTION[backend]
 
     def hidden(self, idx, cache=None):
         """idx: (B, T) ids -> (B, T, n_embd), after the final norm. With a cache, idx are the positions after it."""
@@ -214,9 +217,11 @@ class GPT(nn.Module):
         Raises InputError for what is not a GPT-2.
         """
         hf, weights = checkpoint.load_hf(source)
-        unlike = {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
-                  'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
-        for key, needed in unlike.items():
+        for key in ('model_type', 'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if key not in hf:
+                raise InputError(f'{source}: config.json has no {key}, so it is no GPT-2')
+        for key, needed in {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
+                            'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}.items():
             if hf.get(key, needed) != needed:
                 raise InputError(f'{source}: config.json has {key}={hf[key]!r}; only {needed!r} can be loaded')
         activation = {'gelu': 'gelu', 'gelu_new': 'gelu_new', 'gelu_pytorch_tanh': 'gelu_new'}.get(
@@ -335,17 +340,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, x.size(0), chunk):
             rows, target = x[start:start + chunk], targets[start:start + chunk, None]
             kept, target = target != -1, target.clamp(min=0)
-            logits = (rows @ weight.mT).float()  # (chunk, V)
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            loss = loss + ((lse - logits.gather(1, target)) * kept).sum()
+            logp = F.log_softmax(rows @ weight.mT, dim=-1, dtype=torch.float32)  # (chunk, V)
+            loss = loss - (logp.gather(1, target) * kept).sum()
             if need_x or need_weight:
-                # d loss / d logits before the division by count: at most 1 in size, which suits float16
-                dlogits = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse))
-                dlogits = (dlogits * kept).to(x.dtype)
+                # d loss / d logits, of kept rows and before the division by count: at most 1, which suits float16
+                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype)).to(x.dtype)
             if need_x:
-                dx[start:start + chunk] = dlogits @ weight
+                dx[start:start + chunk] = dlogits @ weight * kept
             if need_weight:
-                dweight += dlogits.mT @ rows
+                dweight += dlogits.mT @ (rows * kept)
         ctx.save_for_backward(dx, dweight, count)
         ctx.dtype = weight.dtype
         return loss / count

@@ -9,23 +9,29 @@ val_loss, lr, tokens, seconds`: MFU as a fraction, seconds those spent in traini
 import json
 import os
 
-from configurator import InputError
+import checkpoint
+from configurator import InputError, report_errors
 
 
 class RunLog:
     def __init__(self, out_dir, header, resume_at=None, wandb_options=None):
         """
-        A new log; or, resumed at step resume_at, the old one without what will be done again. wandb_options: None, or
-        what wandb.init takes. `wandb_id` is then the run's id. Raises InputError, before anything is overwritten.
+        A new log, with what an earlier run left in out_dir set aside; or, resumed at step resume_at, the old log
+        without what will be done again. wandb_options: None, or what wandb.init takes; `wandb_id` is then the run's id.
+        Raises InputError, before anything is moved.
         """
         self.wandb_run = wandb_options and _start_wandb(wandb_options)
         self.wandb_id = self.wandb_run and self.wandb_run.id
         path, kept = os.path.join(out_dir, 'log.jsonl'), []
-        if resume_at is not None and os.path.exists(path):
-            with open(path, encoding='utf-8') as f:
-                kept = [line for line in f if _precedes(json.loads(line), resume_at)]
-        self.file = open(path, 'w', encoding='utf-8')
-        self.file.writelines(kept or [json.dumps(header) + '\n'])
+        if resume_at is None:
+            if found := checkpoint.set_aside(out_dir):
+                print(f'kept the earlier {", ".join(found)} in {out_dir} as *.old')
+        elif os.path.exists(path):
+            kept = [record for record in read(path) if _precedes(record, resume_at)]
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(record) + '\n' for record in kept or [header])
+        os.replace(path + '.tmp', path)
+        self.file = open(path, 'a', encoding='utf-8')
 
     def write(self, record):
         self.file.write(json.dumps(record) + '\n')
@@ -34,10 +40,22 @@ class RunLog:
             nanogpts = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}  # its names in W&B
             self.wandb_run.log({nanogpts.get(k, k): v for k, v in record.items()})
 
-    def close(self):
+    def close(self, failed=False):
         self.file.close()
         if self.wandb_run:
-            self.wandb_run.finish()
+            self.wandb_run.finish(exit_code=int(failed))
+
+
+def read(path):
+    """The records of a log.jsonl; a line that a crash cut off is left out."""
+    records = []
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
 
 
 def _precedes(record, step):
@@ -48,7 +66,9 @@ def _precedes(record, step):
 def _start_wandb(options):
     try:
         import wandb
-        return wandb.init(**options)
+        run = wandb.init(**options)
+        report_errors()  # W&B puts a hook of its own in its place, which prints tracebacks
+        return run
     except Exception as e:  # not installed, not logged in, no network
         raise InputError(f'wandb_log=True, but W&B does not start ({e}): pip install wandb and wandb login, or set '
                          f'WANDB_MODE=offline') from None

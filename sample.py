@@ -51,19 +51,18 @@ hardware.prepare(device)
 
 # model and tokenizer
 described = None
-how = dict(dropout=0.0, attn_backend=hardware.find_attn_backend('auto', device, 'bfloat16', 1024))
 if init_from == 'resume':
     path = os.path.join(out_dir, 'best.pt')
     path = path if os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
     saved = checkpoint.load(path)
-    model = GPT(GPTConfig.from_saved(saved['model_args'], **how))
+    model = GPT(GPTConfig.from_saved(saved['model_args'], dropout=0.0))
     checkpoint.load_weights(model, saved['model'], path)
     described = saved.get('tokenizer')
     if described is None:  # nanoGPT's checkpoints name only the dataset
         dataset = dataset or saved.get('config', {}).get('dataset', '')
 else:
     path = init_from
-    model = GPT.from_pretrained(init_from, how)
+    model = GPT.from_pretrained(init_from)
 if dataset:
     data_dir = os.path.join('data', dataset)
     if 'dataset' in given and not os.path.isdir(data_dir):
@@ -78,6 +77,7 @@ if text.vocab_size > model.config.vocab_size:
 model.config.n_ids = min(model.config.n_ids, text.vocab_size)
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
+model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size))
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
 

@@ -21,6 +21,7 @@ from configurator import InputError
 
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}  # what files that name no tokenizer are taken for, as nanoGPT does
 GPT2_VOCAB, GPT2_VOCAB_PADDED = 50257, 50304  # padded to a multiple of 64 for the matmul's sake
+ASSUMED_META = {'tokenizer': GPT2, 'vocab_size': GPT2_VOCAB, 'dtype': 'uint16'}  # of a folder with neither meta file
 
 
 class Tokenizer:
@@ -127,7 +128,7 @@ def read_meta(data_dir):
         except Exception as e:  # a damaged pickle can raise anything
             raise InputError(f'{path} is not a plain nanoGPT meta.pkl ({e}): prepare the data again') from None
         return {'tokenizer': {'kind': 'chars', 'chars': chars}, 'vocab_size': len(chars), 'dtype': 'uint16'}
-    return {'tokenizer': GPT2, 'vocab_size': GPT2_VOCAB, 'dtype': 'uint16'}
+    return ASSUMED_META
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -137,7 +138,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def write_data(data_dir, tokenizer, splits, source):
     """
-    Write train.bin, val.bin and meta.json, the last only when the files are complete.
+    Write train.bin, val.bin and meta.json, all or none of them.
 
     splits: name -> iterable of texts, each of which is one document, followed by the tokenizer's end of text (if it
     has one and there are several documents). source: a line saying what the text is.
@@ -145,23 +146,25 @@ def write_data(data_dir, tokenizer, splits, source):
     os.makedirs(data_dir, exist_ok=True)
     dtype = 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
     counts = {}
-    meta_path = os.path.join(data_dir, 'meta.json')
-    if os.path.exists(meta_path):
-        os.remove(meta_path)
-    for split, texts in splits.items():
-        counts[split] = 0
-        path = os.path.join(data_dir, f'{split}.bin')
-        with open(path + '.tmp', 'wb') as f:
-            for i, text in enumerate(texts):
-                ids = tokenizer.encode(text)
-                if i and tokenizer.eot is not None:
-                    ids.insert(0, tokenizer.eot)
-                np.array(ids, dtype='<u2' if dtype == 'uint16' else '<u4').tofile(f)
-                counts[split] += len(ids)
-        os.replace(path + '.tmp', path)
-        print(f'{path}: {counts[split]:,} tokens')
-    meta = {'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype, 'tokens': counts,
-            'source': source}
-    with open(meta_path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(meta, f, ensure_ascii=False, indent=1)
-    os.replace(meta_path + '.tmp', meta_path)
+    paths = [os.path.join(data_dir, name) for name in (*(f'{split}.bin' for split in splits), 'meta.json')]
+    try:
+        for path, (split, texts) in zip(paths, splits.items(), strict=False):
+            counts[split] = 0
+            with open(path + '.tmp', 'wb') as f:
+                for i, text in enumerate(texts):
+                    ids = tokenizer.encode(text)
+                    if i and tokenizer.eot is not None:
+                        ids.insert(0, tokenizer.eot)
+                    np.array(ids, dtype='<u2' if dtype == 'uint16' else '<u4').tofile(f)
+                    counts[split] += len(ids)
+        with open(paths[-1] + '.tmp', 'w', encoding='utf-8') as f:
+            json.dump({'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype,
+                       'tokens': counts, 'source': source}, f, ensure_ascii=False, indent=1)
+        for path in paths:
+            os.replace(path + '.tmp', path)
+    finally:
+        for path in paths:
+            if os.path.exists(path + '.tmp'):
+                os.remove(path + '.tmp')
+    for split, n in counts.items():
+        print(f'{os.path.join(data_dir, split)}.bin: {n:,} tokens')

@@ -6,6 +6,7 @@ Train or finetune a GPT on one GPU, on several, or on a CPU.
   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
 
+import glob
 import math
 import os
 import signal
@@ -38,7 +39,7 @@ eval_only = False  # evaluate once and exit
 always_save_checkpoint = True  # at every evaluation; False: only when the validation loss is the lowest so far
 log_interval = 1  # steps between log lines
 sample_tokens = 0  # at the end, print a sample of so many tokens
-sample_start = '\n'  # what that sample begins with
+sample_start: str | None = None  # what that sample begins with; None: the first tokens of the validation text
 # Weights & Biases
 wandb_log = False  # besides log.jsonl
 wandb_project = 'soloGPT'
@@ -83,9 +84,10 @@ seed = 1337  # of initial weights, data order and dropout
 # ----------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals())
 
+# a resumed run keeps the config it was saved with, but for what is given now and what belongs to the machine
+resuming = init_from == 'resume'
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
-resumed = None
-if init_from == 'resume':
+if resuming:
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
     resumed = checkpoint.load(ckpt_path)
     args = resumed['model_args']
@@ -94,11 +96,22 @@ if init_from == 'resume':
         if key in given and config[key] != saved.get(key, config[key]):
             raise InputError(f'{ckpt_path} has {key}={saved[key]}, but this run asks for {config[key]}: leave {key} '
                              f'out, or train from scratch in another out_dir')
-    inherit(globals(), config, given, saved, ckpt_path,
-            except_keys=('out_dir', 'init_from', 'eval_only', 'device', 'dtype', 'compile', 'backend', 'peak_flops'))
-for key in ('eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'block_size', 'max_iters'):
-    if config[key] < 1:
-        raise InputError(f'{key}={config[key]} must be at least 1')
+    inherit(globals(), config, given, saved, ckpt_path, except_keys=(
+        'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'compile', 'backend', 'peak_flops'))
+    if resumed['iter_num'] >= max_iters and not eval_only:
+        raise InputError(f'{ckpt_path} is at iter {resumed["iter_num"]} of max_iters={max_iters}: nothing left to do')
+
+# values
+for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batch_size': 1, 'block_size': 1,
+                   'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'learning_rate': 0,
+                   'weight_decay': 0, 'beta1': 0, 'beta2': 0, 'grad_clip': 0, 'warmup_iters': 0, 'seed': 0}.items():
+    if config[key] < least:
+        raise InputError(f'{key}={config[key]} must be at least {least}')
+for key, below in {'beta1': 1, 'beta2': 1, 'seed': 2 ** 31}.items():
+    if config[key] >= below:
+        raise InputError(f'{key}={config[key]} must be below {below}')
+if peak_flops is not None and peak_flops <= 0:
+    raise InputError(f'peak_flops={peak_flops} must be above 0')
 
 # processes: one, or torchrun's
 ddp = 'RANK' in os.environ
@@ -106,14 +119,23 @@ rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZ
 master = rank == 0
 device = hardware.find_device(device)
 if ddp and device.type == 'cuda':
-    device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-    torch.cuda.set_device(device)
+    device = hardware.find_device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}')
+
+# the step: of total_batch_size and gradient_accumulation_steps the one that is set, or was set last, rules
 tokens_per_micro_batch = batch_size * block_size
-if gradient_accumulation_steps is None:
-    gradient_accumulation_steps = -(-total_batch_size // tokens_per_micro_batch) if total_batch_size else 40
-if total_batch_size and gradient_accumulation_steps * tokens_per_micro_batch != total_batch_size:
-    raise InputError(f'total_batch_size={total_batch_size} tokens is not {gradient_accumulation_steps} micro-batches '
-                     f'of batch_size x block_size = {tokens_per_micro_batch} tokens: change one of them')
+if total_batch_size is not None and gradient_accumulation_steps is not None:
+    order = [key for key in given if key in ('total_batch_size', 'gradient_accumulation_steps')]
+    if order[-1:] == ['gradient_accumulation_steps']:
+        total_batch_size = config['total_batch_size'] = None
+    else:
+        gradient_accumulation_steps = config['gradient_accumulation_steps'] = None
+if total_batch_size is not None:
+    gradient_accumulation_steps, rest = divmod(total_batch_size, tokens_per_micro_batch)
+    if rest or total_batch_size < 1:
+        raise InputError(f'total_batch_size={total_batch_size} tokens cannot be made of micro-batches of batch_size x '
+                         f'block_size = {tokens_per_micro_batch} tokens: change one of them')
+elif gradient_accumulation_steps is None:
+    gradient_accumulation_steps = 40  # nanoGPT's default
 if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
     raise InputError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided among '
                      f'{world_size} processes: make it a multiple of {world_size}')
@@ -125,10 +147,9 @@ min_lr = learning_rate / 10 if min_lr is None else min_lr
 # machine
 started = time.perf_counter()
 hardware.prepare(device, tf32)
-if dtype == 'auto' and resumed and resumed.get('dtype', {}).get(device.type):
+if dtype == 'auto' and resuming and resumed.get('dtype', {}).get(device.type):
     dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
 dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, n_embd, 4 * n_embd))
-attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
 compile_reason = 'as asked'
 if compile == 'auto':
     compile, compile_reason = hardware.can_compile(device)
@@ -137,9 +158,10 @@ elif isinstance(compile, str):
 if ddp:
     backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
     dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device.type == 'cuda' else backend)
-    agreed = [dtype]  # 'auto' measures, and may come out otherwise elsewhere
+    agreed = [dtype, dtype_reason, compile, compile_reason]  # 'auto' tries things out: the first process decides
     dist.broadcast_object_list(agreed)
-    dtype = agreed[0]
+    dtype, dtype_reason, compile, compile_reason = agreed
+attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
 if master and not eval_only:
     checkpoint.check_writable(out_dir)
 
@@ -147,7 +169,7 @@ if master and not eval_only:
 if dataset is None:
     dataset = config['dataset'] = 'openwebtext' if os.path.exists('data/openwebtext/train.bin') else 'pystdlib'
 data_dir = os.path.join('data', dataset)
-if prepare_data and master and not os.path.exists(os.path.join(data_dir, 'meta.json')):
+if prepare_data and master and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
     print(f'preparing {data_dir} ...', flush=True)
     if subprocess.run([sys.executable, os.path.join(data_dir, 'prepare.py')]).returncode:
         raise InputError(f'python {data_dir}/prepare.py failed')
@@ -157,25 +179,24 @@ if not os.path.isdir(data_dir):
     there = ', '.join(sorted(os.listdir('data'))) if os.path.isdir('data') else 'nothing'
     raise InputError(f'no data in {data_dir}: set dataset to a folder in data/, where there is {there}')
 meta = tokenizer.read_meta(data_dir)
-if resumed and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+if resuming and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
     raise InputError(f'{ckpt_path} was trained with another tokenizer than that of {data_dir}')
 
 # model
 torch.manual_seed(seed)
-how = dict(dropout=dropout, attn_backend=attn_backend)
-if resumed:
-    model = GPT(GPTConfig.from_saved(resumed['model_args'], **how))
+if resuming:
+    model = GPT(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
     checkpoint.load_weights(model, resumed['model'], ckpt_path)
 elif init_from == 'scratch':
-    gpt2_ids = meta['vocab_size'] == 50257  # as nanoGPT, GPT-2's vocabulary is padded for the matmul's sake
+    gpt2_ids = meta['vocab_size'] == tokenizer.GPT2_VOCAB
     model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias,
                           vocab_size=tokenizer.GPT2_VOCAB_PADDED if gpt2_ids else meta['vocab_size'],
-                          n_ids=meta['vocab_size'], **how))
+                          n_ids=meta['vocab_size'], dropout=dropout))
 else:
-    if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != 50257:
+    if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != tokenizer.GPT2_VOCAB:
         raise InputError(f"{init_from} needs tokens of GPT-2's tokenizer, {data_dir} has {meta['vocab_size']} ids: use "
                          f"another dataset, or prepare it with gpt2")
-    model = GPT.from_pretrained(init_from, how)
+    model = GPT.from_pretrained(init_from, {'dropout': dropout})
     for key in ARCHITECTURE:
         if key in given and key != 'block_size' and config[key] != getattr(model.config, key):
             raise InputError(f'{init_from} has {key}={getattr(model.config, key)}, but this run asks for '
@@ -183,11 +204,15 @@ else:
     if block_size > model.config.block_size:
         raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions: lower it')
     model.crop_block_size(block_size)
+model.use_attention(attn_backend)
 model.to(device)
-if model.config.vocab_size < meta['vocab_size'] and os.path.exists(os.path.join(data_dir, 'meta.json')):
+if model.config.vocab_size < meta['vocab_size'] and meta is not tokenizer.ASSUMED_META:
     raise InputError(f'{data_dir} has {meta["vocab_size"]} ids, the model only {model.config.vocab_size}')
 config |= {key: getattr(model.config, key) for key in ARCHITECTURE}
 
+if sample_tokens:
+    text = tokenizer.from_dict(meta['tokenizer'])
+    sample_ids = text.encode(sample_start) if sample_start else None
 n_ids = min(meta['vocab_size'], model.config.vocab_size)
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, block_size, n_ids) for split in ('train', 'val'))
 batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
@@ -196,11 +221,11 @@ optimizer = optim.adamw(model, weight_decay, (beta1, beta2))
 scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 15, enabled=dtype == 'float16')
 iter_num, best_val_loss, best_iter = 0, math.inf, 0
 last_eval, evals_since_best, past_seconds, wandb_id = -1, 0, 0.0, None
-if resumed:
+if resuming:
     iter_num, best_val_loss = resumed['iter_num'], float(resumed.get('best_val_loss', math.inf))
     best_iter, last_eval = resumed.get('best_iter', iter_num), resumed.get('last_eval', -1)
     evals_since_best = resumed.get('evals_since_best', 0)
-    if evals_since_best >= patience:  # it had lost its patience, and is asked to go on
+    if patience and evals_since_best >= patience:  # it had lost its patience, and is asked to go on
         evals_since_best = 0
     past_seconds, wandb_id = resumed.get('train_seconds', 0.0), resumed.get('wandb_id')
     try:
@@ -209,9 +234,7 @@ if resumed:
         raise InputError(f"{ckpt_path}: the optimizer's state does not fit this model: {e}") from None
     if resumed.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(resumed['scaler'])
-    resumed = True  # frees the checkpoint
-    if iter_num >= max_iters and not eval_only:
-        raise InputError(f'{ckpt_path} is at iter {iter_num} of max_iters={max_iters}: there is nothing left to do')
+    del resumed  # its memory
 
 raw_model = model
 eval_loss = raw_model.loss
@@ -226,8 +249,10 @@ autocast = hardware.autocast(device, dtype)
 flops_per_token = raw_model.flops_per_token(block_size)
 peak, peak_source = hardware.peak_flops(device, dtype, peak_flops, tf32)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+resolved = config | {key: globals()[key] for key in (
+    'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'dtype', 'attn_backend', 'compile', 'backend')}
 if master:
-    print(f'{describe(config, given)}\n'
+    print(f'{describe(resolved, given)}\n'
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
           f'{attn_backend}; {"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
           f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
@@ -241,11 +266,11 @@ if master:
 log = None
 if master and not eval_only:
     log = RunLog(out_dir, {
-        'config': config, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
+        'config': resolved, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
         'parameters': raw_model.n_params(), 'trained': n_trained, 'flops_per_token': flops_per_token,
         'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter,
-    }, resume_at=iter_num if resumed else None, wandb_options={
-        'project': wandb_project, 'name': wandb_run_name, 'config': config, 'id': wandb_id,
+    }, resume_at=iter_num if resuming else None, wandb_options={
+        'project': wandb_project, 'name': wandb_run_name, 'config': resolved, 'id': wandb_id,
         'resume': 'allow' if wandb_id else None} if wandb_log else None)
     wandb_id = log.wandb_id or wandb_id
 
@@ -266,8 +291,6 @@ def evaluate():
 
 
 def save(best):
-    if best_val_loss == math.inf:
-        checkpoint.drop_best(out_dir)
     print(f'saving checkpoint to {out_dir}')
     checkpoint.save(out_dir, {
         'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
@@ -281,6 +304,8 @@ def check_finite(val_loss=0.0):
     """Raises before anything worse is saved. Waits for the device."""
     bad = iter_num if not math.isfinite(val_loss) else int(first_bad) if first_bad.isfinite() else None
     if bad is not None:
+        if log:
+            log.close(failed=True)
         raise InputError(f'the loss is not finite at iter {bad}: stopped; a checkpoint in {out_dir} is from before '
                          f'that. Try a lower learning_rate, a longer warm-up, or dtype=float32')
 
@@ -338,13 +363,12 @@ while True:
         if log:
             log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr,
                        'tokens': iter_num * tokens_per_iter, 'seconds': past_seconds + clock.total})
-            if iter_num > 0:
-                best = losses['val'] < best_val_loss
-                if best:
-                    best_val_loss, best_iter = losses['val'], iter_num
-                evals_since_best = 0 if best else evals_since_best + 1
-                if best or always_save_checkpoint:
-                    save(best)
+            best = losses['val'] < best_val_loss
+            if best:
+                best_val_loss, best_iter = losses['val'], iter_num
+            evals_since_best = 0 if best else evals_since_best + 1
+            if iter_num > 0 and (best or always_save_checkpoint):
+                save(best)
     if finished or eval_only or patience and any_process(evals_since_best >= patience):
         break
 
@@ -353,27 +377,26 @@ while True:
     # dropout follows from the step and the process, so that a resumed run needs no saved random state
     hardware.seed(device, (seed << 32) + iter_num * world_size + rank)
     step_loss = torch.zeros((), device=device)
-    for micro_step in range(micro_steps):
-        if ddp:  # gradients are averaged over the processes once, after the last micro-batch
-            model.require_backward_grad_sync = micro_step == micro_steps - 1
-        try:
+    with hardware.memory_advice(batch_size, gradient_accumulation_steps):
+        for micro_step in range(micro_steps):
+            if ddp:  # gradients are averaged over the processes once, after the last micro-batch
+                model.require_backward_grad_sync = micro_step == micro_steps - 1
             with autocast:
                 _, loss = model(x, y)
             # the next batch, while the device computes
             x, y = batches.get(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps, device)
             scaler.scale(loss / micro_steps).backward()
-        except torch.OutOfMemoryError:
-            raise InputError(f'out of GPU memory with batch_size={batch_size}: the same step in smaller pieces is '
-                             f'--batch_size={max(1, batch_size // 2)} '
-                             f'--gradient_accumulation_steps={2 * gradient_accumulation_steps}') from None
-        step_loss += loss.detach() / micro_steps
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    first_bad = torch.where(step_loss.isfinite(), first_bad, first_bad.clamp(max=iter_num))
+            step_loss += loss.detach() / micro_steps
+        if grad_clip:
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    finite = step_loss.isfinite()
+    if grad_clip and not scaler.is_enabled():  # a scaler skips steps whose gradients are not finite
+        finite &= grad_norm.isfinite()
+    first_bad = torch.where(finite, first_bad, first_bad.clamp(max=iter_num))
     # TRAINING SECTION END: what follows only reports
 
     if iter_num % log_interval == 0 or iter_num == first_iter:
@@ -381,10 +404,12 @@ while True:
             dist.all_reduce(step_loss)
             step_loss /= world_size
         check_finite()
-        seconds = clock.lap(count=iter_num > first_iter) / (iter_num + 1 - lap_start)  # the first step warms up
+        seconds = clock.lap() / (iter_num + 1 - lap_start)
         lap_start = iter_num + 1
         if iter_num > first_iter:
             laps.append(seconds)
+        else:  # the first step warms up and compiles
+            clock.forget()
         speed = tokens_per_iter / seconds
         mfu = flops_per_token * speed / (peak * world_size)
         memory = hardware.peak_memory_gb(device)
@@ -399,19 +424,21 @@ while True:
     iter_num += 1
 
 # ----------------------------------------------------------------------------------------------------------------------
+clock.stop()
 if master and laps:
     seconds = statistics.median(laps)
     print(f'{iter_num - first_iter:,} iterations, {(iter_num - first_iter) * tokens_per_iter:,} tokens, '
           f'{clock.total:.1f} s of training: median {seconds * 1000:.2f} ms per iteration, '
           f'{tokens_per_iter / seconds / 1000:.1f}k tok/s, mfu '
           f'{flops_per_token * tokens_per_iter / seconds / (peak * world_size) * 100:.1f}%; '
-          + (f'lowest val loss {best_val_loss:.4f} at iter {best_iter}' if best_iter else 'no checkpoint evaluated'))
+          f'lowest val loss {best_val_loss:.4f} at iter {best_iter}')
 if master and sample_tokens and not interrupted:
     raw_model.eval()
-    text = tokenizer.from_dict(meta['tokenizer'])
+    if sample_ids is None:
+        sample_ids = next(eval_batches(val_tokens, 1, 1, device))[0][0, :16].tolist()
     with autocast:
-        ids = raw_model.generate(torch.tensor([text.encode(sample_start)], device=device), sample_tokens,
-                                 temperature=0.8, top_k=200, eot=text.eot, window_step=max(1, block_size // 8))
+        ids = raw_model.generate(torch.tensor([sample_ids], device=device), sample_tokens, temperature=0.8, top_k=200,
+                                 eot=text.eot, window_step=max(1, block_size // 8))
     print(f'{"-" * 40} a sample {"-" * 40}\n{text.decode([i for i in ids[0].tolist() if i != text.eot])}')
 if log:
     log.close()

@@ -60,7 +60,7 @@ def _run(folder, script, options):
     start = time.perf_counter()
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if ran.returncode:
-        raise InputError(f'{" ".join(command)} failed in {folder}: {ran.stderr.strip().splitlines()[-1]}')
+        raise InputError(f'{" ".join(command)} failed in {folder}: {ran.stderr.strip()[-200:]}')
     return ran.stdout, time.perf_counter() - start
 
 

@@ -1,6 +1,7 @@
 """The text that both Shakespeare datasets are made of: one file from the web, or put in its place by hand."""
 
 import hashlib
+import http.client
 import os
 import urllib.request
 
@@ -17,16 +18,21 @@ def splits(folder):
         try:
             with urllib.request.urlopen(URL, timeout=30) as response:
                 content = response.read()
-        except OSError as e:
+        except (OSError, http.client.HTTPException) as e:
             raise InputError(f'{URL} cannot be reached ({getattr(e, "reason", e)}): download it where there is a '
                              f'network and put it at {path}') from None
-        with open(path + '.tmp', 'wb') as f:
+        _check(content, URL)
+        with open(path, 'wb') as f:
             f.write(content)
-        os.replace(path + '.tmp', path)
     with open(path, 'rb') as f:
         content = f.read()
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise InputError(f'{path} is not the expected text (its SHA-256 is another): remove it and run this again')
+    _check(content, path)
     text = content.decode('utf-8')
     cut = int(len(text) * 0.9)
     return {'train': [text[:cut]], 'val': [text[cut:]]}
+
+
+def _check(content, source):
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise InputError(f'{source} is not the expected text (its SHA-256 is another): put the right one at input.txt '
+                         f'beside prepare.py, or remove that file to download it')

@@ -38,9 +38,26 @@ def test_a_failed_save_leaves_the_old_one_whole(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
 
 
-def test_nanogpts_compiled_names(tmp_path):
+def test_a_save_that_was_killed_between_its_renames(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith('ckpt.pt'):
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, content(), best=True)
+    monkeypatch.setattr(os, 'replace', replace)
+    checkpoint.save(tmp_path, content(iter_num=9), best=False)
+    assert checkpoint.load(tmp_path / 'best.pt')['iter_num'] == 5  # and not overwritten through its other name
+
+
+def test_nanogpts_compiled_names_and_masks(tmp_path):
     saved = content()
-    torch.save(saved | {'model': {f'_orig_mod.{k}': v for k, v in saved['model'].items()}}, tmp_path / 'ckpt.pt')
+    theirs = {f'_orig_mod.{k}': v for k, v in saved['model'].items()}
+    theirs['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 8, 8).tril()
+    torch.save(saved | {'model': theirs}, tmp_path / 'ckpt.pt')
     assert checkpoint.load(tmp_path / 'ckpt.pt')['model'].keys() == saved['model'].keys()
 
 

@@ -38,12 +38,13 @@ def run(tmp_path):
     ('--flag=False', 'flag', False), ('--flag=1', 'flag', True), ('--mode=True', 'mode', True),
     ('--mode=auto', 'mode', 'auto'), ('--steps=7', 'steps', 7), ('--steps=None', 'steps', None),
     ('--out_dir=a=b', 'out_dir', 'a=b'), ('--out_dir=12', 'out_dir', '12'), ('--out_dir=True', 'out_dir', 'True'),
+    ('--out_dir={[]:1}', 'out_dir', '{[]:1}'),
     ('--out_dir=', 'out_dir', ''), ('--out_dir="a\\n"', 'out_dir', 'a\n'),
 ])
 def test_value_from_the_command_line(run, arg, key, value):
     config, given = run(arg)
     assert config[key] == value and type(config[key]) is type(value)
-    assert given == {key}
+    assert given == [key]
 
 
 @pytest.mark.parametrize('arg, message', [
@@ -63,8 +64,9 @@ def test_later_arguments_win(run, tmp_path):
     file.write_text('import time\nout_dir = "ft-" + str(int(time.time() * 0))\ncount = 10\nrate = count * 2\n_x = 5\n')
     config, given = run(str(file), '--rate=1')
     assert (config['out_dir'], config['rate']) == ('ft-0', 1.0)
-    assert given == {'out_dir', 'count', 'rate'}  # count too, although the file sets it to its default
-    assert run('--rate=1', str(file))[0]['rate'] == 20.0
+    assert given == ['out_dir', 'count', 'rate']  # count too, although the file sets it to its default
+    config, given = run('--rate=1', str(file))
+    assert config['rate'] == 20.0 and given[-1] == 'rate'
 
 
 @pytest.mark.parametrize('content, message', [

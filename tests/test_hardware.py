@@ -88,10 +88,22 @@ def test_clock_stands_still(monkeypatch):
     clock = hardware.StepClock(CPU)
     clock.start()
     now[0] = 5.0
-    assert clock.lap(count=False) == 5.0 and clock.total == 0
+    assert clock.lap() == 5.0 and clock.total == 5.0
+    clock.forget()  # the first step
     now[0] = 6.0
     clock.stop()
     now[0] = 100.0  # an evaluation
     clock.start()
     now[0] = 102.0
     assert clock.lap() == 3.0 and clock.total == 3.0
+    now[0] = 104.0  # steps after the last log line
+    clock.stop()
+    assert clock.total == 5.0
+
+
+@pytest.mark.parametrize('batch_size, advice', [
+    (12, '--batch_size=6 --gradient_accumulation_steps=8'), (9, '--batch_size=3 --gradient_accumulation_steps=12'),
+    (5, '--batch_size=1 --gradient_accumulation_steps=20'), (1, 'smaller block_size or model')])
+def test_out_of_memory_names_the_same_step_in_smaller_pieces(batch_size, advice):
+    with pytest.raises(InputError, match=advice), hardware.memory_advice(batch_size, 4):
+        raise torch.OutOfMemoryError('CUDA out of memory')

@@ -53,7 +53,7 @@ def test_processes_share_a_step(tmp_path):
     t = tokens(tmp_path, [5000], block_size=8)
     one = TrainBatches(t, 4, micro_steps=4, seed=1)
     two = [TrainBatches(t, 4, micro_steps=2, seed=1, rank=r, world_size=2) for r in (0, 1)]
-    for step in (0, 77, 78):  # 39 of a step's 16 windows make an epoch: these cross its end
+    for step in (0, 38, 77):  # an epoch is 623 windows, just under 39 steps of 16: the later ones cross its end
         together = torch.cat([one.get(step, m, CPU)[0] for m in range(4)])
         divided = torch.cat([b.get(step, m, CPU)[0] for m in range(2) for b in two])
         assert torch.equal(together, divided)

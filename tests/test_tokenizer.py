@@ -62,6 +62,14 @@ def test_write_data(tmp_path):
     assert not list(tmp_path.glob('*.tmp'))
 
 
+def test_a_preparation_that_fails_leaves_the_old_data(tmp_path):
+    tokenizer.write_data(tmp_path, tokenizer.Chars('ab'), {'train': ['ab'], 'val': ['b']}, 'old')
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(InputError):
+        tokenizer.write_data(tmp_path, tokenizer.Chars('cd'), {'train': ['cc'], 'val': ['x']}, 'new')
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
 def test_large_vocabulary_is_uint32(tmp_path):
     chars = [chr(0x20000 + i) for i in range(66000)]
     t = tokenizer.Chars(chars)
