@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 
 import torch
 
@@ -74,7 +75,8 @@ def load(path):
     if not os.path.isfile(path):
         raise InputError(f'no checkpoint {path}: train first, or set out_dir to a folder that has one')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings(action='ignore'):  # about what else a damaged file might be
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # what torch raises for a damaged file is not documented
         if isinstance(e, pickle.UnpicklingError) and 'GLOBAL' in str(e):
             raise InputError(f'{path} holds more than tensors and plain values, and loading it could run code: '

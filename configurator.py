@@ -79,7 +79,8 @@ def inherit(namespace, config, given, saved, source, except_keys=()):
 
 def describe(config, given):
     """The whole config in a few lines, those keys first that were set."""
-    parts = [f'{k}={config[k]!r}' for k in given] + ['|'] + [f'{k}={v!r}' for k, v in config.items() if k not in given]
+    shown = {k: f'{k}={v:.6g}' if isinstance(v, float) else f'{k}={v!r}' for k, v in config.items()}
+    parts = [shown[k] for k in given] + ['|'] + [shown[k] for k in config if k not in given]
     return textwrap.fill('config: ' + ' '.join(parts), 118, subsequent_indent='  ', break_long_words=False,
                          break_on_hyphens=False)
 

@@ -247,6 +247,13 @@ class StepClock:
         self.total = self._lapped = 0.0
 
 
+def duration(seconds):
+    """'2h05m', '5m07s', '42s'"""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
+
+
 def peak_memory_gb(device):
     """The most memory held so far, in GB (1e9 bytes): of the GPU's allocator, or of the process on a CPU."""
     if device.type == 'cuda':

@@ -301,13 +301,13 @@ def save(best):
 
 
 def check_finite(val_loss=0.0):
-    """Raises before anything worse is saved. Waits for the device."""
+    """Raises InputError if a loss or gradient was not, before anything worse is saved. Waits for the device."""
     bad = iter_num if not math.isfinite(val_loss) else int(first_bad) if first_bad.isfinite() else None
     if bad is not None:
         if log:
             log.close(failed=True)
-        raise InputError(f'the loss is not finite at iter {bad}: stopped; a checkpoint in {out_dir} is from before '
-                         f'that. Try a lower learning_rate, a longer warm-up, or dtype=float32')
+        raise InputError(f'the loss or its gradient is not finite at iter {bad}: stopped; a checkpoint in {out_dir} is '
+                         f'from before. Try a lower learning_rate, a longer warm-up, or dtype=float32')
 
 
 def any_process(flag):
@@ -334,7 +334,7 @@ signal.signal(signal.SIGINT, interrupt)
 signal.signal(signal.SIGTERM, interrupt)
 
 clock = hardware.StepClock(device)
-first_bad = torch.full((), math.inf, device=device)  # the first step whose loss was not finite
+first_bad = torch.full((), math.inf, device=device)  # the first step whose loss or gradient was not finite
 first_iter, laps, lap_start = iter_num, [], iter_num
 x, y = batches.get(iter_num, 0, device)
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,10 +414,9 @@ while True:
         mfu = flops_per_token * speed / (peak * world_size)
         memory = hardware.peak_memory_gb(device)
         if master and iter_num % log_interval == 0:
-            minutes = (max_iters - iter_num - 1) * seconds / 60
             print(f'iter {iter_num}: loss {step_loss.item():.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
                   f'tok/s {speed / 1000:.1f}k, lr {lr:.1e}, mem {memory:.1f}GB, '
-                  f'eta {int(minutes // 60)}h{int(minutes % 60):02d}m', flush=True)
+                  f'eta {hardware.duration((max_iters - iter_num - 1) * seconds)}', flush=True)
             log.write({'iter': iter_num, 'loss': step_loss.item(), 'lr': lr, 'time_ms': seconds * 1000,
                        'tokens_per_s': speed, 'mfu': mfu, 'grad_norm': grad_norm.item() if grad_clip else None,
                        'memory_gb': memory, 'tokens': (iter_num + 1) * tokens_per_iter})

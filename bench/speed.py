@@ -41,14 +41,17 @@ def measure(config):
                     rows[who].append(_train(folder, os.path.join(out, who), setup | {'dataset': data}))
             figures[name] = _compare(rows, setup['batch_size'] * setup['block_size'])
             _show(name, figures[name])
-        # both continue the peer's checkpoint of the last setup
-        rows = {'peer': [], 'here': []}
+        # both continue the peer's checkpoint of the last setup, half of the way beyond block_size; here once as
+        # sample.py does by default, once moving the context for every token, as the peer does
+        default, exact = {}, {'window_step': 1}
+        rows = {'peer': [], 'here': [], 'here, context moved for every token': []}
         for _ in range(config['runs']):
-            for who, folder in (('peer', peer), ('here', ROOT)):
-                rows[who].append(_sampling_speed(folder, os.path.join(out, 'peer')))
+            for who, folder, options in zip(rows, (peer, ROOT, ROOT), (default, default, exact), strict=True):
+                rows[who].append(_sampling_speed(folder, os.path.join(out, 'peer'), options))
         name = 'sampling 500 tokens, 6 layers x 384, T=256, one sample'
         figures[name] = {who: {'tokens_per_s': statistics.median(speeds)} for who, speeds in rows.items()}
-        figures[name]['ratio'] = statistics.median(h / p for h, p in zip(rows['here'], rows['peer'], strict=True))
+        for who in list(rows)[1:]:
+            figures[name][who]['ratio'] = statistics.median(h / p for h, p in zip(rows[who], rows['peer'], strict=True))
         _show(name, figures[name])
     return figures
 
@@ -73,9 +76,9 @@ def _train(folder, out_dir, setup):
             'iterations': int(evaluated[-1][0])}
 
 
-def _sampling_speed(folder, out_dir):
+def _sampling_speed(folder, out_dir, more):
     """Tokens per second from whole runs that differ only in how many tokens they draw."""
-    options = {'out_dir': out_dir, 'device': 'cpu', 'num_samples': 1, 'start': 'A'}
+    options = {'out_dir': out_dir, 'device': 'cpu', 'num_samples': 1, 'start': 'A'} | more
     _, long = _run(folder, 'sample.py', options | {'max_new_tokens': 501})
     _, short = _run(folder, 'sample.py', options | {'max_new_tokens': 1})
     return 500 / (long - short)
@@ -86,13 +89,13 @@ def _compare(rows, tokens):
                      'tokens_per_s': tokens / statistics.median(r['ms'] for r in runs) * 1000,
                      'val_loss': [r['val_loss'] for r in runs], 'iterations': runs[0]['iterations']}
                for who, runs in rows.items()}
-    figures['ratio'] = statistics.median(p['ms'] / h['ms'] for h, p in zip(rows['here'], rows['peer'], strict=True))
+    figures['here']['ratio'] = statistics.median(p['ms'] / h['ms'] for h, p in zip(rows['here'], rows['peer'],
+                                                                                   strict=True))
     return figures
 
 
 def _show(name, figures):
     print(name)
-    for who in ('peer', 'here'):
-        print(f'  {who}: ' + ', '.join(f'{k} {v:,.1f}' if isinstance(v, float) else f'{k} {v}'
-                                       for k, v in figures[who].items()))
-    print(f'  tokens per second, here / peer: {figures["ratio"]:.2f}', flush=True)
+    for who, row in figures.items():
+        print(f'  {who}: ' + ', '.join(f'{k} {v:,.2f}' if isinstance(v, float) else f'{k} {v}' for k, v in row.items()),
+              flush=True)

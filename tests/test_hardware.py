@@ -107,3 +107,7 @@ def test_clock_stands_still(monkeypatch):
 def test_out_of_memory_names_the_same_step_in_smaller_pieces(batch_size, advice):
     with pytest.raises(InputError, match=advice), hardware.memory_advice(batch_size, 4):
         raise torch.OutOfMemoryError('CUDA out of memory')
+
+
+def test_duration():
+    assert [hardware.duration(s) for s in (0, 59.9, 307, 7500)] == ['0s', '59s', '5m07s', '2h05m']

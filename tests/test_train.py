@@ -37,7 +37,7 @@ def test_it_learns_and_reports(project):
     assert val[0] > 5 and 0.69 < val[200] < 1.6 and list(val) == [0, 100, 200]
     assert list(steps) == list(range(200))
     line = (r'iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu ([\d.]+)%, tok/s ([\d.]+)k, lr [\d.e-]+, mem [\d.]+GB, '
-            r'eta \dh\d\dm')
+            r'eta \d+s')
     printed = re.findall(line, out)
     assert len(printed) == 200 and 'step 100: train loss ' in out
     last, record = printed[-1], [r for r in log(project.folder) if 'loss' in r][-1]
@@ -171,7 +171,7 @@ def test_eval_only_also_after_a_resume_and_writes_nothing(project):
 def test_loss_that_is_not_finite_stops_the_run(project):
     project.train(max_iters=3)
     good = (project.folder / 'out' / 'ckpt.pt').read_bytes()
-    with pytest.raises(InputError, match=r'not finite at iter [4-9]\d?: stopped'):
+    with pytest.raises(InputError, match=r'not finite at iter [3-9]: stopped'):
         project.resume(max_iters=40, eval_interval=40, learning_rate=1e30, min_lr=1e30, log_interval=10, grad_clip=0.0)
     assert (project.folder / 'out' / 'ckpt.pt').read_bytes() == good
 
