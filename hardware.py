@@ -86,7 +86,8 @@ def prepare(device, tf32=True):
     activation to the system and takes it back page by page in the next step (16 % of a step at width 384).
     """
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
     if device.type == 'cpu':
         if sys.platform == 'linux':

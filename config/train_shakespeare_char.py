@@ -4,7 +4,7 @@
 # On a CPU, a smaller model (nanoGPT's README command), 2 threads of an AMD EPYC (Zen 5), 2026-11-21:
 #   python train.py config/train_shakespeare_char.py --eval_iters=20 --log_interval=100 --block_size=64 \
 #     --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
-# CPU_FIGURE
+# 1.54M tokens in 31 s of training (50k tokens per second, bfloat16), val loss 1.896.
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
