@@ -127,6 +127,8 @@ def find_dtype(name, device, shape=None):
             return ('bfloat16' if gain >= 1.2 else 'float32'), why
     elif name == 'auto':
         return 'float32', 'the default on this device'
+    elif name == 'float16':
+        raise InputError(f'dtype=float16 needs loss scaling, which {device.type} has not: use bfloat16 or float32')
     return name, 'as asked'
 
 

@@ -57,6 +57,8 @@ def test_dtype(monkeypatch):
     assert hardware.find_dtype('float32', CPU)[0] == 'float32'
     with pytest.raises(InputError, match='dtype=.float8. is not known'):
         hardware.find_dtype('float8', CPU)
+    with pytest.raises(InputError, match='which mps has not'):
+        hardware.find_dtype('float16', torch.device('mps'))
     monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: False)
     with pytest.raises(InputError, match='no float16'):
         hardware.find_dtype('float16', CPU)
