@@ -50,4 +50,4 @@ if args.tokenizer == 'chars':
     tokenizer = Chars(sorted(set().union(*texts)))
 else:
     tokenizer = Bytes() if args.tokenizer == 'bytes' else Tiktoken('gpt2')
-write_data(os.path.join(here, '..', args.name), tokenizer, splits, source=', '.join(args.files))
+write_data(os.path.join(os.path.dirname(here), args.name), tokenizer, splits, source=', '.join(args.files))
