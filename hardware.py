@@ -81,9 +81,10 @@ def prepare(device, tf32=True):
     """
     Process-wide settings, to be made before anything is computed.
 
-    On a GPU: TF32 for float32 matmuls if `tf32`. On a CPU: float32 matmuls through oneDNN where that is exact
-    (on AMD it is twice as fast as MKL), and freed memory stays with the process: glibc otherwise returns every large
-    activation to the system and takes it back page by page in the next step (16 % of a step at width 384).
+    On a GPU: TF32 for float32 matmuls if `tf32`. On a CPU: float32 matmuls by MKL or by oneDNN, whichever is faster
+    here (on AMD oneDNN, twice; on Intel MKL, by a tenth), and freed memory stays with the process: glibc otherwise
+    returns every large activation to the system and takes it back page by page in the next step (16 % of a step at
+    width 384).
     """
     if device.type == 'cuda':
         if device.index is not None:
@@ -95,11 +96,15 @@ def prepare(device, tf32=True):
                 mallopt = ctypes.CDLL(None).mallopt
                 mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
                 mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        # 'medium' lets oneDNN choose; on CPUs with AMX it would choose bfloat16, which the product then shows
-        torch.set_float32_matmul_precision('medium')
         a = _random_matrix(256, device, torch.float32)
+        seconds = {}
+        for precision in ('highest', 'medium'):  # MKL, oneDNN
+            torch.set_float32_matmul_precision(precision)
+            seconds[precision] = _seconds(lambda: a @ a, device, budget=0.03)
+        # 'medium' is set now; on CPUs with AMX oneDNN then computes in bfloat16, which the product shows
         exact = a.double() @ a.double()
-        if (a @ a - exact).abs().max() > 1e-5 * exact.abs().max():
+        inexact = (a @ a - exact).abs().max() > 1e-5 * exact.abs().max()
+        if inexact or seconds['highest'] < seconds['medium']:
             torch.set_float32_matmul_precision('highest')
 
 

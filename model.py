@@ -1,8 +1,10 @@
 """
 The GPT: attention, MLP, blocks, loss, key-value cache, generation, FLOP count. Module names are GPT-2's in Hugging
-Face, so that loading its weights is a loop.
+Face, so that loading its weights is a loop. An architecture is a set of parts (ARCHITECTURES), each of which is chosen
+when the model is built and can be replaced by itself.
 
-References: GPT-2 (https://github.com/openai/gpt-2), nanoGPT (https://github.com/karpathy/nanoGPT).
+References: GPT-2 (https://github.com/openai/gpt-2), nanoGPT (https://github.com/karpathy/nanoGPT), and for the modern
+parts modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt), nanochat (https://github.com/karpathy/nanochat).
 """
 
 import math
@@ -16,6 +18,14 @@ import checkpoint
 from configurator import InputError
 
 
+ARCHITECTURES = {
+    'gpt2': dict(bias=True, norm='layernorm', positions='learned', qk_norm=False, activation='gelu', tied=True,
+                 zero_init=False, embd_norm=False),
+    'modern': dict(bias=False, norm='rmsnorm', positions='rotary', qk_norm=True, activation='relu2', tied=False,
+                   zero_init=True, embd_norm=True),
+}
+
+
 @dataclass
 class GPTConfig:
     """What the weights' shapes and meaning follow from; and, last, one key of how to compute."""
@@ -25,18 +35,31 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in Linears and LayerNorms, as GPT-2 has; False is a little faster and no worse
-    activation: str = 'gelu'  # or 'gelu_new', the tanh form that OpenAI's weights were trained with
-    tied: bool = True  # whether lm_head is the embedding table
+    arch: str = 'gpt2'  # a name in ARCHITECTURES: what the parts are that are None
+    bias: bool | None = None  # in Linears and LayerNorms
+    norm: str | None = None  # 'layernorm', 'rmsnorm' (without a gain)
+    positions: str | None = None  # 'learned', 'rotary'
+    qk_norm: bool | None = None  # queries and keys normalised, without a gain
+    activation: str | None = None  # 'gelu', 'gelu_new' (by tanh, as OpenAI's weights were trained), 'relu2'
+    tied: bool | None = None  # whether lm_head is the embedding table
+    zero_init: bool | None = None  # projections into the residual stream, and an untied head, begin at zero
+    embd_norm: bool | None = None  # the embedding normalised, without a gain
+    smear: bool = False  # each position's embedding takes in a gated part of the one before
     n_ids: int | None = None  # ids from here up are padding of the table and never sampled; None: vocab_size
     loss_chunk: int | None = None  # tokens per piece of the cross-entropy; None: chosen by vocab_size; 0: all at once
 
     def __post_init__(self):
+        if self.arch not in ARCHITECTURES:
+            raise InputError(f'arch={self.arch!r} is not known: use {" or ".join(ARCHITECTURES)}')
+        for key, value in ARCHITECTURES[self.arch].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
         self.n_ids = self.n_ids or self.vocab_size
         if self.loss_chunk is None:  # a small vocabulary's logits are no larger than the activations
             self.loss_chunk = 1024 if self.vocab_size >= 8192 else 0
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f'activation={self.activation!r} is not known: use {" or ".join(ACTIVATIONS)}')
+        for key, known in (('norm', NORMS), ('positions', POSITIONS), ('activation', ACTIVATIONS)):
+            if getattr(self, key) not in known:
+                raise InputError(f'{key}={getattr(self, key)!r} is not known: use {" or ".join(known)}')
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, key) < 1:
                 raise InputError(f'{key}={getattr(self, key)} must be at least 1')
@@ -44,6 +67,9 @@ class GPTConfig:
             raise InputError(f'dropout={self.dropout} must be in [0, 1)')
         if self.n_embd % self.n_head:
             raise InputError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
+        if self.positions == 'rotary' and self.n_embd // self.n_head % 2:
+            raise InputError(f'n_embd={self.n_embd} / n_head={self.n_head} is odd, but rotary positions turn pairs of '
+                             f'dimensions: change one of them')
 
     @classmethod
     def from_saved(cls, model_args, **overrides):
@@ -55,9 +81,9 @@ class GPTConfig:
 
     def to_save(self):
         """What the weights depend on, as plain values: nanoGPT's keys, and of the others those that say more."""
-        saved = asdict(self)
-        ours = {'activation': 'gelu', 'tied': True, 'n_ids': self.vocab_size}  # what they are if absent
-        return {k: v for k, v in saved.items() if k != 'loss_chunk' and ours.get(k) != v}
+        parts = {k: v for k, v in ARCHITECTURES[self.arch].items() if k != 'bias'}
+        absent = parts | {'arch': 'gpt2', 'smear': False, 'n_ids': self.vocab_size}  # what they are if absent
+        return {k: v for k, v in asdict(self).items() if k != 'loss_chunk' and absent.get(k) != v}
 
 
 def sdpa(q, k, v, dropout):
@@ -80,7 +106,116 @@ def math_attention(q, k, v, dropout):
 
 
 ATTENTION = {'sdpa': sdpa, 'math': math_attention}
-ACTIVATIONS = {'gelu': 'none', 'gelu_new': 'tanh'}  # nn.GELU's approximation
+RMS_EPS = 1e-6
+
+
+class rms_norm(torch.autograd.Function):
+    """
+    x / sqrt(mean(x^2) + eps) over the last dimension, without a gain (https://arxiv.org/abs/1910.07467).
+
+    By hand because this keeps y for backward, which the next matmul keeps anyway, where torch's keeps x; and on a CPU
+    torch takes twice as long.
+    """
+    @staticmethod
+    def forward(ctx, x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square() / x.size(-1) + RMS_EPS)
+        y = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / -y.size(-1)  # what would only change the length of x
+        return (torch.addcmul(grad, y, along) * scale).to(y.dtype)
+
+
+class relu_squared(torch.autograd.Function):
+    """relu(x)^2 (https://arxiv.org/abs/2109.08668), with an elementwise pass less in backward than by autograd."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, = ctx.saved_tensors
+        return (grad * y).mul_(2)
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x, cache=None):
+        return rms_norm.apply(x)
+
+
+class ReLUSquared(nn.Module):
+    def forward(self, x):
+        return relu_squared.apply(x)
+
+
+class LearnedPositions(nn.Embedding):
+    def forward(self, x, cache=None):
+        """x: (B, T, n_embd), embeddings of the T positions after the cache's."""
+        start = cache.length if cache else 0
+        return x + self.weight[start:start + x.size(1)]
+
+
+class Unturned(nn.Module):
+    """In Rotary's place where positions are learned."""
+
+    def forward(self, qk, start):
+        return qk
+
+
+class Rotary(nn.Module):
+    """
+    Rotary positions (https://arxiv.org/abs/2104.09864): each pair of dimensions (i, i + hd/2) of a query or key is
+    turned by position * base^(-2i/hd), in the order of pairs that Hugging Face's models have.
+    """
+
+    def __init__(self, config, base=10000.0):
+        super().__init__()
+        hd = config.n_embd // config.n_head
+        angles = torch.outer(torch.arange(config.block_size), base ** -(torch.arange(0, hd, 2) / hd))[:, None, None]
+        self.register_buffer('cos', angles.cos().repeat(1, 1, 1, 2), persistent=False)  # (T, 1, 1, hd)
+        self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
+
+    def forward(self, qk, start):
+        """qk: (B, T, 2, H, hd), queries and keys of T positions from `start` on."""
+        cos, sin = (table[start:start + qk.size(1)].to(qk.dtype) for table in (self.cos, self.sin))
+        return torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, dims=-1), sin)
+
+
+class Smear(nn.Module):
+    """
+    Adds to each position's embedding that of the position before, times a gate between 0 and 1 that depends on the
+    embedding itself: two neighbouring tokens are seen as one before any attention (modded-nanogpt).
+    """
+    inputs = 16  # dimensions of the embedding that the gate sees
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(min(self.inputs, config.n_embd), 1)
+
+    def forward(self, x, cache=None):
+        """x: (B, T, n_embd), embeddings of the T positions after the cache's, which remembers the last of them."""
+        before = cache.last_embedding if cache and cache.length else torch.zeros_like(x[:, :1])
+        if cache:
+            cache.last_embedding = x[:, -1:]
+        gate = torch.sigmoid(self.gate(x[..., :self.gate.in_features]))
+        return x + gate * torch.cat([before, x[:, :-1]], dim=1)
+
+
+def layer_norm(config):
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+NORMS = {'layernorm': layer_norm, 'rmsnorm': lambda config: RMSNorm()}
+POSITIONS = {'learned': lambda config: Unturned(), 'rotary': Rotary}
+ACTIVATIONS = {'gelu': nn.GELU, 'gelu_new': lambda: nn.GELU(approximate='tanh'), 'relu2': ReLUSquared}
 
 
 class CausalSelfAttention(nn.Module):
@@ -88,6 +223,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
+        self.rotary = POSITIONS[config.positions](config)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
         self.attend = sdpa
@@ -95,8 +232,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         """x: (B, T, n_embd); cache: this layer's keys and values of the positions before x, to which x's are added."""
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, hd)
-                   for z in self.c_attn(x).split(C, dim=2))
+        qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split([2, 1], dim=2)
+        qk = self.rotary(self.qk_norm(qk), cache.end if cache else 0)
+        q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # (B, H, T, hd)
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0)
@@ -107,7 +245,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = nn.GELU(approximate=ACTIVATIONS[config.activation])
+        self.act = ACTIVATIONS[config.activation]()
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -118,9 +256,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None):
@@ -132,19 +270,43 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        stem = {}  # what the looked-up embeddings go through before the first block
+        if config.positions == 'learned':
+            stem['wpe'] = LearnedPositions(config.block_size, config.n_embd)
+        if config.embd_norm:
+            stem['ln_e'] = RMSNorm()
+        if config.smear:
+            stem['smear'] = Smear(config)
+        self.stem = list(stem)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **stem,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=NORMS[config.norm](config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.transformer.wte.weight = self.lm_head.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        GPT-2's: normal, of standard deviation 0.02, and less, by their number, for projections into the residual stream.
+        With zero_init those and an untied head are zero, and the other matrices begin at half the size that keeps
+        activations as large as they are (which at n_embd=768 is 0.018).
+        """
+        zero_init, n_layer = self.config.zero_init, self.config.n_layer
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the projections into the residual stream smaller, by the number of them (GPT-2)
-                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02
+            std = 0.02
+            if name.endswith('c_proj.weight'):
+                std = 0.0 if zero_init else 0.02 / math.sqrt(2 * n_layer)
+            elif zero_init and name.endswith(('lm_head.weight', 'gate.weight')):
+                std = 0.0
+            elif zero_init and name.endswith(('c_attn.weight', 'c_fc.weight')):
+                std = 0.5 / math.sqrt(p.size(1))
+            if p.dim() == 2:
                 nn.init.normal_(p, mean=0.0, std=std)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -160,7 +322,9 @@ class GPT(nn.Module):
         T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens, but block_size is {self.config.block_size}')
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:start + T]
+        x = self.transformer.wte(idx)
+        for part in self.stem:
+            x = self.transformer[part](x, cache)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache.layers[i] if cache else None)
@@ -206,8 +370,8 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Forget the positions from block_size on."""
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(),
-                                                            freeze=False)
+        kept = self.transformer.wpe.weight[:block_size].detach().clone()
+        self.transformer.wpe = LearnedPositions.from_pretrained(kept, freeze=False)
 
     @classmethod
     def from_pretrained(cls, source, override_args=None):
@@ -304,7 +468,7 @@ class KVCache:
     """Keys and values of the positions computed so far, in memory allocated at once, for every layer."""
 
     def __init__(self, config, batch, positions):
-        self.length = 0
+        self.length, self.last_embedding = 0, None
         self.layers = [self.Layer((batch, config.n_head, positions, config.n_embd // config.n_head))
                        for _ in range(config.n_layer)]
 

@@ -1,22 +1,147 @@
-"""The optimizer, its parameter groups, and the learning-rate schedule."""
+"""
+The optimizers, their parameter groups, and the learning-rate schedules.
+
+A parameter group keeps the highest learning rate it is given as `peak_lr`; set_rates() makes each step's of it.
+"""
 
 import math
+from collections import defaultdict
 
 import torch
+from torch.optim.adamw import adamw as adamw_update
+
+# Polar Express (https://arxiv.org/abs/2505.16932): x -> a x + b x^3 + c x^5, with the (a, b, c) of the first, the
+# second, ... iteration, brings singular values between 0.001 and 1 as close to 1 as so many iterations can.
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+]
+EARLY_MOMENTUM = 0.85  # Muon's, in the first step
 
 
-def parameter_groups(model, weight_decay):
-    """Matrices (embeddings included) decay, vectors (biases, norms) do not; in the order of nanoGPT's checkpoints."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [{'params': [p for p in trained if p.dim() >= 2], 'weight_decay': weight_decay},
-            {'params': [p for p in trained if p.dim() < 2], 'weight_decay': 0.0}]
+def adamw(model, learning_rate, weight_decay, betas):
+    """AdamW, one fused kernel per step where the device has it. Matrices and embeddings decay, vectors do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]  # in the order of nanoGPT's checkpoints
+    return torch.optim.AdamW([
+        {'params': [p for p in trained if p.dim() >= 2], 'peak_lr': learning_rate, 'weight_decay': weight_decay},
+        {'params': [p for p in trained if p.dim() < 2], 'peak_lr': learning_rate, 'weight_decay': 0.0},
+    ], betas=betas, fused=_fused(model))
 
 
-def adamw(model, weight_decay, betas):
-    """AdamW with one fused kernel per step where the device has it; the learning rate is set at every step."""
-    device_type = next(model.parameters()).device.type
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas,
-                             fused=device_type in ('cuda', 'cpu'))
+def muon(model, learning_rate, weight_decay, betas, muon_lr, embd_lr=None, head_lr=None, momentum=0.95,
+         momentum_warmup=300, iterations=5, dtype=torch.float32):
+    """
+    Muon, with muon_lr and weight_decay, for the blocks' matrices; AdamW without decay for the embedding tables
+    (embd_lr), an untied head (head_lr) and what else there is; None is learning_rate.
+    """
+    groups = {'matrices': {}, 'tables': {}, 'head': {}, 'vectors': {}}
+    for name, p in model.named_parameters():
+        kind = ('matrices' if name.startswith('transformer.h.') and p.dim() == 2 else
+                'tables' if name.startswith(('transformer.wte', 'transformer.wpe')) else
+                'head' if name.startswith('lm_head') else 'vectors')
+        if p.requires_grad:
+            groups[kind][name] = p
+    adam = {'betas': betas, 'eps': 1e-8, 'weight_decay': 0.0, 'fused': _fused(model)}
+    rates = {'tables': embd_lr, 'head': head_lr, 'vectors': None}
+    return Muon([
+        {'params': list(groups['matrices'].values()), 'peak_lr': muon_lr, 'weight_decay': weight_decay,
+         'peak_momentum': momentum, 'momentum_warmup': momentum_warmup,
+         # queries, keys and values are three matrices in one parameter
+         'parts': [3 if name.endswith('c_attn.weight') else 1 for name in groups['matrices']]},
+        *({'params': list(groups[kind].values()), 'peak_lr': learning_rate if lr is None else lr, **adam}
+          for kind, lr in rates.items())], iterations, dtype)
+
+
+def _fused(model):
+    return next(model.parameters()).device.type in ('cuda', 'cpu')
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum, orthogonalised before it is applied (https://kellerjordan.github.io/posts/muon), for matrices; groups
+    without `parts` are AdamW's.
+
+    A parameter with n parts is n matrices below each other. Matrices of one shape, or of its transpose, go through the
+    orthogonalisation together. An update is -lr sqrt(max(1, rows / columns)) times a matrix with singular values
+    near 1. dtype: that of the orthogonalisation.
+    """
+
+    def __init__(self, groups, iterations, dtype):
+        super().__init__(groups, {'lr': 0.0})
+        self.iterations, self.dtype = iterations, dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (self._muon if 'parts' in group else self._adamw)(group)
+
+    def _muon(self, group):
+        batches = defaultdict(list)  # shape -> (weight, update, learning rate) of its matrices, none of them tall
+        for p, parts in zip(group['params'], group['parts'], strict=True):
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+            velocity = self.state[p]['momentum'].lerp_(p.grad, 1 - group['momentum'])
+            update = p.grad.lerp(velocity, group['momentum'])  # Nesterov's
+            lr = group['lr'] * max(1, p.size(0) / parts / p.size(1)) ** 0.5
+            p.mul_(1 - group['lr'] * group['weight_decay'])
+            for matrices in zip(p.chunk(parts), update.chunk(parts), strict=True):
+                weight, update = (m.mT if m.size(0) > m.size(1) else m for m in matrices)
+                batches[weight.shape].append((weight, update, lr))
+        for batch in batches.values():
+            updates = orthogonalize(torch.stack([update for _, update, _ in batch]), self.iterations, self.dtype)
+            for (weight, _, lr), update in zip(batch, updates, strict=True):
+                weight.sub_(update, alpha=lr)
+
+    def flops(self):
+        """FLOPs of a step's orthogonalisations: three products in each iteration."""
+        total = 0
+        for group in self.param_groups:
+            for p, parts in zip(group['params'], group.get('parts', ())):
+                rows, columns = sorted((p.size(0) // parts, p.size(1)))
+                total += parts * self.iterations * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
+        return total
+
+    def _adamw(self, group):
+        params = [p for p in group['params'] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] |= {'step': torch.zeros((), device=p.device if group['fused'] else 'cpu'),
+                                  'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
+        of_state = {key: [self.state[p][key] for p in params] for key in ('exp_avg', 'exp_avg_sq', 'step')}
+        beta1, beta2 = group['betas']
+        adamw_update(params, [p.grad for p in params], of_state['exp_avg'], of_state['exp_avg_sq'], [],
+                     of_state['step'], fused=group['fused'], lr=group['lr'], beta1=beta1, beta2=beta2,
+                     weight_decay=group['weight_decay'], eps=group['eps'], amsgrad=False, maximize=False)
+
+
+def orthogonalize(G, iterations, dtype):
+    """
+    Approximately U V^T of each U S V^T in G, (n, rows, columns) with rows <= columns, computed in `dtype` by matmuls
+    alone: the odd polynomials of POLAR_EXPRESS act on the singular values.
+    """
+    X = (G / (1.02 * G.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # 2 %: rounding must not lead above 1
+    steps = POLAR_EXPRESS[:iterations]
+    if G.device.type != 'cpu' or dtype != torch.float32 or G.size(-2) == G.size(-1):
+        for a, b, c in steps:
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        return X
+    # Of wide matrices, everything but the first and the last product on the small side: X becomes Q X0, and A = X X^T
+    # follows from the last A. Only in full float32: rounding errors in A are never corrected.
+    A = X @ X.mT
+    for i, (a, b, c) in enumerate(steps):
+        if i:
+            A = P @ A @ P
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        Q = P @ Q if i else P
+    return Q @ X
 
 
 def load_state(optimizer, state):
@@ -28,11 +153,32 @@ def load_state(optimizer, state):
     optimizer.load_state_dict({'state': state['state'], 'param_groups': current})
 
 
-def cosine(step, learning_rate, min_lr, warmup_iters, decay_iters):
-    """Linear warm-up over warmup_iters steps, then half a cosine down to min_lr at decay_iters, then min_lr."""
+def set_rates(optimizer, step, factor):
+    """The learning rates of step `step`, `factor` of the highest; and Muon's momentum, which rises linearly."""
+    for group in optimizer.param_groups:
+        group['lr'] = group['peak_lr'] * factor
+        if 'peak_momentum' in group:
+            warm = min(1.0, step / group['momentum_warmup']) if group['momentum_warmup'] else 1.0
+            early = min(EARLY_MOMENTUM, group['peak_momentum'])
+            group['momentum'] = early + warm * (group['peak_momentum'] - early)
+
+
+def cosine(step, warmup_iters, decay_iters, floor):
+    """Share of the highest learning rate: linear warm-up, then half a cosine down to `floor` at decay_iters."""
     if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
+        return (step + 1) / (warmup_iters + 1)
     if step >= decay_iters:
-        return min_lr
+        return floor
     progress = (step - warmup_iters) / (decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (1 - floor)
+
+
+def wsd(step, warmup_iters, decay_iters, floor, decay_part):
+    """
+    Share of the highest learning rate: linear warm-up, then 1, then in the last `decay_part` of decay_iters linearly
+    down to `floor` (warm-up, stable, decay: https://arxiv.org/abs/2404.06395).
+    """
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    left = max(0.0, 1 - step / decay_iters) if decay_iters else 0.0
+    return floor + (1 - floor) * (min(1.0, left / decay_part) if decay_part else float(left > 0))

@@ -20,7 +20,7 @@ import numpy as np
 from configurator import InputError
 
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}  # what files that name no tokenizer are taken for, as nanoGPT does
-GPT2_VOCAB, GPT2_VOCAB_PADDED = 50257, 50304  # padded to a multiple of 64 for the matmul's sake
+GPT2_VOCAB = 50257
 ASSUMED_META = {'tokenizer': GPT2, 'vocab_size': GPT2_VOCAB, 'dtype': 'uint16'}  # of a folder with neither meta file
 
 

@@ -53,13 +53,25 @@ total_batch_size: int | None = None  # tokens in a step; gradient_accumulation_s
 gradient_accumulation_steps: int | None = None  # micro-batches in a step, all processes together; None: from
 # ... total_batch_size, or 40
 # model
+arch = 'gpt2'  # 'gpt2' (LayerNorm, learned positions, GELU, tied head) or 'modern' (RMSNorm also of embedding, queries
+# ... and keys, rotary positions, ReLU squared, untied head, projections that begin at zero)
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # in LayerNorms and Linears
+smear = False  # each embedding takes in a gated part of the one before it
+# parts of the model, to depart from arch (None: as arch has it)
+norm: str | None = None  # 'layernorm' or 'rmsnorm'
+positions: str | None = None  # 'learned' or 'rotary'
+qk_norm: bool | None = None  # queries and keys normalised
+activation: str | None = None  # 'gelu', 'gelu_new' or 'relu2'
+tied: bool | None = None  # the head is the embedding table
+zero_init: bool | None = None  # projections into the residual stream, and an untied head, begin at zero
+embd_norm: bool | None = None  # the embedding normalised
 # optimizer
-learning_rate = 6e-4  # the highest
+optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
+learning_rate = 6e-4  # the highest of AdamW
 max_iters = 600000  # steps
 max_minutes = 0.0  # stop after so many minutes of wall-clock time; 0: no limit
 patience = 0  # stop after so many evaluations without a lower validation loss; 0: never
@@ -67,11 +79,20 @@ weight_decay = 1e-1  # of matrices
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: any
+# with optimizer='muon'
+muon_lr = 0.02  # the highest of Muon
+muon_momentum = 0.95
+momentum_warmup = 300  # steps in which Muon's momentum rises from 0.85
+muon_iterations = 5  # of the orthogonalisation, 1 to 6
+embd_lr: float | None = None  # the highest of the embeddings; None: learning_rate
+head_lr: float | None = None  # the highest of an untied head; None: learning_rate
 # learning rate
-decay_lr = True  # False: learning_rate throughout
+schedule = 'cosine'  # or 'wsd': warm-up, constant, then linearly to min_lr
+decay_part = 0.5  # of lr_decay_iters in which wsd decays
+decay_lr = True  # False: constant throughout
 warmup_iters = 2000  # steps of linear warm-up
 lr_decay_iters: int | None = None  # steps until min_lr; None: max_iters
-min_lr: float | None = None  # None: learning_rate / 10
+min_lr: float | None = None  # None: learning_rate / 10, with wsd 0; other rates fall in proportion
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # of matmuls: 'float32', 'bfloat16' or 'float16' (with loss scaling)
@@ -86,14 +107,15 @@ config, given = configure(globals())
 
 # a resumed run keeps the config it was saved with, but for what is given now and what belongs to the machine
 resuming = init_from == 'resume'
-ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+PARTS = ('bias', 'smear', 'norm', 'positions', 'qk_norm', 'activation', 'tied', 'zero_init', 'embd_norm')
+ARCHITECTURE = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', *PARTS)
 if resuming:
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
     resumed = checkpoint.load(ckpt_path)
-    args = resumed['model_args']
-    saved = resumed.get('config', {}) | {key: args[key] for key in ARCHITECTURE if key in args}
+    model_config = GPTConfig.from_saved(resumed['model_args'])
+    saved = resumed.get('config', {}) | {key: getattr(model_config, key) for key in ARCHITECTURE}
     for key in ARCHITECTURE:
-        if key in given and config[key] != saved.get(key, config[key]):
+        if key in given and config[key] not in (saved[key], None):
             raise InputError(f'{ckpt_path} has {key}={saved[key]}, but this run asks for {config[key]}: leave {key} '
                              f'out, or train from scratch in another out_dir')
     inherit(globals(), config, given, saved, ckpt_path, except_keys=(
@@ -104,10 +126,19 @@ if resuming:
 # values
 for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batch_size': 1, 'block_size': 1,
                    'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'learning_rate': 0,
-                   'weight_decay': 0, 'beta1': 0, 'beta2': 0, 'grad_clip': 0, 'warmup_iters': 0, 'seed': 0}.items():
+                   'weight_decay': 0, 'beta1': 0, 'beta2': 0, 'grad_clip': 0, 'warmup_iters': 0, 'seed': 0,
+                   'muon_lr': 0, 'muon_momentum': 0, 'momentum_warmup': 0, 'muon_iterations': 1, 'decay_part': 0,
+                   }.items():
     if config[key] < least:
         raise InputError(f'{key}={config[key]} must be at least {least}')
-for key, below in {'beta1': 1, 'beta2': 1, 'seed': 2 ** 31}.items():
+for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd')}.items():
+    if config[key] not in known:
+        raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(known)}')
+if muon_iterations > len(optim.POLAR_EXPRESS):
+    raise InputError(f'muon_iterations={muon_iterations} must be at most {len(optim.POLAR_EXPRESS)}')
+if decay_part > 1:
+    raise InputError(f'decay_part={decay_part} must be at most 1')
+for key, below in {'beta1': 1, 'beta2': 1, 'muon_momentum': 1, 'seed': 2 ** 31}.items():
     if config[key] >= below:
         raise InputError(f'{key}={config[key]} must be below {below}')
 if peak_flops is not None and peak_flops <= 0:
@@ -142,7 +173,8 @@ if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
 micro_steps = gradient_accumulation_steps // world_size  # per process
 tokens_per_iter = gradient_accumulation_steps * tokens_per_micro_batch
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
-min_lr = learning_rate / 10 if min_lr is None else min_lr
+if min_lr is None:
+    min_lr = learning_rate / 10 if schedule == 'cosine' else 0.0
 
 # machine
 started = time.perf_counter()
@@ -185,13 +217,16 @@ if resuming and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']
 # model
 torch.manual_seed(seed)
 if resuming:
-    model = GPT(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
+    model_config.dropout = dropout
+    model = GPT(model_config)
     checkpoint.load_weights(model, resumed['model'], ckpt_path)
 elif init_from == 'scratch':
-    gpt2_ids = meta['vocab_size'] == tokenizer.GPT2_VOCAB
-    model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias,
-                          vocab_size=tokenizer.GPT2_VOCAB_PADDED if gpt2_ids else meta['vocab_size'],
-                          n_ids=meta['vocab_size'], dropout=dropout))
+    vocab_size = meta['vocab_size']
+    if arch == 'modern' or vocab_size == tokenizer.GPT2_VOCAB:  # GPUs multiply whole tiles
+        vocab_size = math.ceil(vocab_size / 64) * 64
+    model = GPT(GPTConfig(arch=arch, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                          vocab_size=vocab_size, n_ids=meta['vocab_size'], dropout=dropout,
+                          **{key: config[key] for key in PARTS}))
 else:
     if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != tokenizer.GPT2_VOCAB:
         raise InputError(f"{init_from} needs tokens of GPT-2's tokenizer, {data_dir} has {meta['vocab_size']} ids: use "
@@ -217,7 +252,13 @@ n_ids = min(meta['vocab_size'], model.config.vocab_size)
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, block_size, n_ids) for split in ('train', 'val'))
 batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
 
-optimizer = optim.adamw(model, weight_decay, (beta1, beta2))
+if optimizer == 'muon':
+    optimizer = optim.muon(model, learning_rate, weight_decay, (beta1, beta2), muon_lr, embd_lr, head_lr,
+                           muon_momentum, momentum_warmup, muon_iterations,
+                           torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
+else:
+    optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2))
+lowest = min_lr / learning_rate if learning_rate else 0.0
 scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 15, enabled=dtype == 'float16')
 iter_num, best_val_loss, best_iter = 0, math.inf, 0
 last_eval, evals_since_best, past_seconds, wandb_id = -1, 0, 0.0, None
@@ -340,9 +381,14 @@ x, y = batches.get(iter_num, 0, device)
 # ----------------------------------------------------------------------------------------------------------------------
 # TRAINING SECTION BEGIN
 while True:
-    lr = optim.cosine(iter_num, learning_rate, min_lr, warmup_iters, lr_decay_iters) if decay_lr else learning_rate
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    if not decay_lr:
+        lr_factor = 1.0
+    elif schedule == 'wsd':
+        lr_factor = optim.wsd(iter_num, warmup_iters, lr_decay_iters, lowest, decay_part)
+    else:
+        lr_factor = optim.cosine(iter_num, warmup_iters, lr_decay_iters, lowest)
+    lr = learning_rate * lr_factor
+    optim.set_rates(optimizer, iter_num, lr_factor)
 
     # evaluate and save
     if any_process(interrupted):

@@ -23,6 +23,16 @@ def tiny(attention='sdpa', **changes):
     return m
 
 
+def varied(attention='sdpa', **changes):
+    """A tiny model whose weights are all far from zero."""
+    m = tiny(attention, **changes)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return m
+
+
 @pytest.mark.parametrize('activation, tied, vocab_size', [
     ('gelu_new', True, 101), ('gelu', True, 50257), ('gelu_new', False, 64), ('gelu', False, 7)])
 def test_logits_and_greedy_text_equal_transformers(tmp_path, activation, tied, vocab_size):
@@ -40,6 +50,32 @@ def test_logits_and_greedy_text_equal_transformers(tmp_path, activation, tied, v
     assert loss.item() == pytest.approx(F.cross_entropy(expected.flatten(0, 1), idx.flatten()).item(), rel=1e-5)
     their_text = theirs.generate(idx[:, :5], max_new_tokens=15, do_sample=False,
                                 attention_mask=torch.ones(2, 5, dtype=torch.long))
+    assert torch.equal(ours.generate(idx[:, :5], 15, temperature=0), their_text)
+
+
+def test_modern_logits_and_text_equal_transformers():
+    """RMSNorm, rotary positions, QK-norm, ReLU squared and an untied head are Hugging Face's Apertus."""
+    ours = varied(arch='modern', vocab_size=37, n_head=4, n_embd=32, block_size=24)
+    theirs = transformers.ApertusForCausalLM(transformers.ApertusConfig(
+        vocab_size=37, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=24, hidden_act='relu2', rms_norm_eps=1e-6, eos_token_id=None,
+        rope_parameters={'rope_type': 'default', 'rope_theta': 10000.0})).eval()
+    weights = {'model.embed_tokens.weight': F.rms_norm(ours.transformer.wte.weight, (32,), eps=1e-6),
+               'lm_head.weight': ours.lm_head.weight}
+    for i, block in enumerate(ours.transformer.h):
+        layer = f'model.layers.{i}.'
+        for name, w in zip('qkv', block.attn.c_attn.weight.chunk(3), strict=True):
+            weights[f'{layer}self_attn.{name}_proj.weight'] = w
+        weights |= {f'{layer}self_attn.o_proj.weight': block.attn.c_proj.weight,
+                    f'{layer}mlp.up_proj.weight': block.mlp.c_fc.weight,
+                    f'{layer}mlp.down_proj.weight': block.mlp.c_proj.weight}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and all('norm' in name for name in missing)  # their gains, which are one
+    idx = torch.randint(37, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    their_text = theirs.generate(idx[:, :5], max_new_tokens=15, do_sample=False,
+                                 attention_mask=torch.ones(2, 5, dtype=torch.long))
     assert torch.equal(ours.generate(idx[:, :5], 15, temperature=0), their_text)
 
 
@@ -64,15 +100,36 @@ def test_names_are_nanogpts():
                      'transformer.ln_f.weight', 'transformer.ln_f.bias']
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
+@pytest.mark.parametrize('arch, within', [('gpt2', 0.1), ('modern', 1e-5)])  # which begins with all logits 0
+def test_initial_loss_is_that_of_a_uniform_guess(arch, within):
     torch.manual_seed(0)
-    m = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=2, n_embd=64))
+    m = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=2, n_embd=64, arch=arch))
     idx, targets = torch.randint(100, (2, 8, 32))
-    assert m.loss(idx, targets).item() == pytest.approx(math.log(100), abs=0.1)
+    assert m.loss(idx, targets).item() == pytest.approx(math.log(100), abs=within)
 
 
-def test_position_t_sees_nothing_after_it():
-    m = tiny()
+PARTS = [dict(norm='rmsnorm'), dict(positions='rotary'), dict(qk_norm=True), dict(activation='relu2'),
+         dict(embd_norm=True), dict(tied=False), dict(zero_init=True), dict(bias=False), dict(smear=True)]
+KINDS = [dict(), dict(arch='modern'), dict(arch='modern', smear=True)]
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_each_part_can_be_changed_alone_and_changes_the_model(part):
+    plain, changed = tiny(), tiny(**part)
+    idx = torch.randint(33, (2, 16))
+    logits, loss = changed(idx, idx)
+    assert not torch.equal(plain(idx, idx)[0], logits)
+    loss.backward()
+    assert sum(p.grad.abs().sum() > 0 for p in changed.parameters()) > 1
+    saved = changed.config.to_save()
+    assert GPTConfig.from_saved(saved) == changed.config
+    if part != {'bias': False}:  # a key of nanoGPT's
+        assert saved.keys() - plain.config.to_save().keys() == part.keys()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_position_t_sees_nothing_after_it(kind):
+    m = varied(**kind)
     idx = torch.randint(33, (1, 16))
     changed = idx.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 33
@@ -89,10 +146,11 @@ def uncached(m, idx, n):
     return idx
 
 
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('attention', ['sdpa', 'math'])
 @pytest.mark.parametrize('prompt', [1, 7, 16, 20])
-def test_greedy_with_cache_equals_without_also_past_block_size(prompt, attention):
-    m = tiny(attention)
+def test_greedy_with_cache_equals_without_also_past_block_size(prompt, attention, kind):
+    m = varied(attention, **kind)
     idx = torch.randint(33, (3, prompt))
     with torch.no_grad():
         assert torch.equal(m.generate(idx, 40, temperature=0), uncached(m, idx, 40))
@@ -148,6 +206,32 @@ def test_same_seed_same_text():
     m, idx = tiny(), torch.zeros(2, 1, dtype=torch.long)
     a, b, c = (m.generate(idx, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    rotary = model_py.Rotary(GPTConfig(block_size=12, n_layer=1, n_head=1, n_embd=8))
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 12, 1, 8)  # the same at every position
+    qk = rotary(torch.stack([q, k], dim=2), 0)
+    scores = (qk[0, :, 0, 0] @ qk[0, :, 1, 0].T)
+    for distance in range(12):
+        torch.testing.assert_close(scores.diagonal(distance), scores[0, distance].expand(12 - distance))
+    assert scores[0].std() > 0.1
+    torch.testing.assert_close(rotary(torch.stack([q, k], dim=2)[:, 5:], 5), qk[:, 5:])
+
+
+@pytest.mark.parametrize('function, reference', [
+    (model_py.rms_norm.apply, lambda x: F.rms_norm(x, (6,), eps=1e-6)),
+    (model_py.relu_squared.apply, lambda x: F.relu(x).square())])
+def test_functions_and_their_gradients(function, reference):
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    g = torch.randn(3, 5, 6)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+        (ours, ours_grad), (expected, expected_grad) = (
+            (y, torch.autograd.grad(y, x, g.to(y.dtype))[0]) for y in (function(x.to(dtype)), reference(x)))
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.float(), expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(ours_grad, expected_grad, atol=tolerance, rtol=tolerance)
+    assert function(torch.zeros(2, 6)).isfinite().all()
 
 
 def test_math_attention_equals_sdpa():
@@ -208,12 +292,13 @@ def test_chunked_loss_holds_no_full_logits():
     assert largest <= max(500 * 16, 8 * 500) < 64 * 500  # the embedding table is the largest
 
 
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 3e-2)])
-def test_chunked_model_compiles_whole_and_trains_as_the_plain_one(dtype, tolerance):
+def test_chunked_model_compiles_whole_and_trains_as_the_plain_one(dtype, tolerance, kind):
     idx = torch.randint(33, (2, 16))
     grads = []
     for chunk, compiled in ((0, False), (5, False), (5, True)):
-        m = tiny(loss_chunk=chunk).train()
+        m = varied(loss_chunk=chunk, **kind).train()
         run = torch.compile(m, backend='aot_eager', fullgraph=True) if compiled else m
         with autocast(torch.device('cpu'), dtype):
             loss = run(idx, idx)[1]
@@ -264,7 +349,9 @@ def test_flops_of_gpt2_124m():
 
 @pytest.mark.parametrize('changes, message', [(dict(n_embd=30, n_head=4), 'n_embd=30 is not divisible by n_head=4'),
                                               (dict(n_layer=0), 'n_layer=0'), (dict(dropout=1.0), 'dropout'),
-                                              (dict(activation='relu'), 'activation')])
+                                              (dict(activation='relu'), 'activation'), (dict(arch='llama'), 'arch'),
+                                              (dict(norm='batch'), 'norm'), (dict(positions='none'), 'positions'),
+                                              (dict(arch='modern', n_embd=6, n_head=2), 'n_head=2 is odd')])
 def test_config_refused(changes, message):
     with pytest.raises(InputError, match=message):
         GPTConfig(**changes)

@@ -13,14 +13,31 @@ def model():
 
 
 def test_cosine():
-    at = {step: optim.cosine(step, 1.0, 0.1, warmup_iters=9, decay_iters=109) for step in (0, 8, 9, 59, 109, 500)}
+    at = {step: optim.cosine(step, warmup_iters=9, decay_iters=109, floor=0.1) for step in (0, 8, 9, 59, 109, 500)}
     assert at == pytest.approx({0: 0.1, 8: 0.9, 9: 1.0, 59: 0.55, 109: 0.1, 500: 0.1})
-    assert optim.cosine(0, 1.0, 0.1, warmup_iters=0, decay_iters=0) == 0.1  # nothing to divide by
+    assert optim.cosine(0, warmup_iters=0, decay_iters=0, floor=0.1) == 0.1  # nothing to divide by
+
+
+def test_wsd():
+    at = {step: optim.wsd(step, warmup_iters=9, decay_iters=100, floor=0.1, decay_part=0.4)
+          for step in (0, 8, 9, 60, 80, 90, 100, 500)}
+    assert at == pytest.approx({0: 0.1, 8: 0.9, 9: 1.0, 60: 1.0, 80: 0.55, 90: 0.325, 100: 0.1, 500: 0.1})
+    assert [optim.wsd(s, 0, 4, 0.0, 0.0) for s in (0, 3, 4)] == [1.0, 1.0, 0.0]  # no decay before the end
+    assert optim.wsd(0, 0, 0, 0.1, 0.5) == 0.1
+
+
+def test_rates_follow_each_groups_highest_and_momentum_warms_up():
+    optimizer = optim.muon(model(), 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, embd_lr=0.1, momentum_warmup=10)
+    optim.set_rates(optimizer, 5, 0.5)
+    assert [g['lr'] for g in optimizer.param_groups] == pytest.approx([0.01, 0.05, 1.5e-3, 1.5e-3])
+    assert optimizer.param_groups[0]['momentum'] == pytest.approx(0.9)
+    optim.set_rates(optimizer, 99, 0.0)
+    assert optimizer.param_groups[0]['momentum'] == 0.95 and optimizer.param_groups[3]['lr'] == 0.0
 
 
 def test_matrices_decay_and_vectors_do_not():
     m = model()
-    matrices, vectors = optim.parameter_groups(m, 0.1)
+    matrices, vectors = optim.adamw(m, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert {p.dim() for p in matrices['params']} == {2} and matrices['weight_decay'] == 0.1
     assert {p.dim() for p in vectors['params']} == {1} and vectors['weight_decay'] == 0.0
     assert len(matrices['params']) + len(vectors['params']) == len(list(m.parameters()))
@@ -46,11 +63,10 @@ def test_goes_on_from_nanogpts_state():
     a = nanogpts(theirs)
     step(theirs, a, 3)
     ours.load_state_dict(theirs.state_dict())
-    b = optim.adamw(ours, 0.1, (0.9, 0.95))
+    b = optim.adamw(ours, 1e-2, 0.1, (0.9, 0.95))
     optim.load_state(b, copy.deepcopy(a.state_dict()))
-    assert b.param_groups[0]['fused'] and b.param_groups[0]['lr'] == 0.0  # hyperparameters are this run's
-    for group in b.param_groups:
-        group['lr'] = 1e-2
+    assert b.param_groups[0]['fused']  # hyperparameters are this run's
+    optim.set_rates(b, 3, 1.0)
     step(theirs, a, 3)
     step(ours, b, 3)
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
@@ -60,4 +76,108 @@ def test_goes_on_from_nanogpts_state():
 def test_state_of_another_model_is_refused():
     other = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
     with pytest.raises(ValueError, match='groups of'):
-        optim.load_state(optim.adamw(model(), 0.1, (0.9, 0.95)), optim.adamw(other, 0.1, (0.9, 0.95)).state_dict())
+        optim.load_state(optim.adamw(model(), 1e-3, 0.1, (0.9, 0.95)),
+                         optim.adamw(other, 1e-3, 0.1, (0.9, 0.95)).state_dict())
+
+
+@pytest.mark.parametrize('shape', [(3, 16, 16), (2, 16, 64)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_orthogonalize_is_u_vt(shape, dtype):
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    G = U * torch.logspace(-4, -6, 16) @ Vh  # singular values from 0.5 to 0.005 of the norm
+    out = optim.orthogonalize(G, 6, dtype).float()
+    torch.testing.assert_close(out, U @ Vh, atol=2e-2 if dtype == torch.float32 else 5e-2, rtol=0)
+
+
+def polynomial(matrix, iterations):
+    """The definition, for one matrix."""
+    X = matrix / (1.02 * matrix.norm())
+    for a, b, c in optim.POLAR_EXPRESS[:iterations]:
+        A = X @ X.mT
+        X = a * X + b * A @ X + c * A @ A @ X
+    return X
+
+
+@pytest.mark.parametrize('shape', [(2, 24, 24), (2, 24, 96)])
+def test_both_ways_of_computing_are_the_polynomial(shape):
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([polynomial(matrix, 4) for matrix in G])
+    torch.testing.assert_close(optim.orthogonalize(G, 4, torch.float32), expected, atol=1e-4, rtol=1e-4)
+
+
+def muon(m, **changes):
+    return optim.muon(m, 1e-2, 0.1, (0.9, 0.95), **dict(muon_lr=0.1, head_lr=2e-2, momentum=0.9, momentum_warmup=0,
+                                                        iterations=6) | changes)
+
+
+def modern():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, arch='modern', smear=True))
+
+
+def test_muon_step_by_step():
+    """Two steps: every matrix one by one, by the definition; the rest as torch's AdamW makes them."""
+    m, reference = modern(), modern()
+    optimizer = muon(m)
+    velocity = {name: torch.zeros_like(p) for name, p in m.named_parameters()}
+    others = [p for name, p in reference.named_parameters() if '.h.' not in name and name != 'lm_head.weight']
+    adam = torch.optim.AdamW([{'params': others, 'lr': 1e-2}, {'params': [reference.lm_head.weight], 'lr': 2e-2}],
+                             betas=(0.9, 0.95), weight_decay=0.0)
+    rng = torch.Generator().manual_seed(1)
+    for i in range(2):
+        for p, q in zip(m.parameters(), reference.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=rng)
+            q.grad = p.grad.clone()
+        optim.set_rates(optimizer, i, 1.0)
+        optimizer.step()
+        adam.step()
+        with torch.no_grad():
+            for name, q in reference.named_parameters():
+                if '.h.' not in name:
+                    continue
+                velocity[name] = 0.9 * velocity[name] + 0.1 * q.grad
+                update = 0.1 * q.grad + 0.9 * velocity[name]
+                pieces = update.split(8) if 'c_attn' in name else [update]
+                pieces = [polynomial(piece.mT, 6).mT if 'c_fc' in name else polynomial(piece, 6) for piece in pieces]
+                scale = 2.0 if 'c_fc' in name else 1.0  # sqrt(32 / 8)
+                q.mul_(1 - 0.1 * 0.1).sub_(torch.cat(pieces), alpha=0.1 * scale)
+    for (name, p), q in zip(m.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=0, msg=name)
+
+
+def test_muon_goes_on_from_its_state():
+    straight, stopped = modern(), modern()
+    a, b = muon(straight), muon(stopped)
+    for i in range(4):
+        if i == 2:
+            state, weights = copy.deepcopy(b.state_dict()), stopped.state_dict()
+            stopped = modern()
+            stopped.load_state_dict(weights)
+            b = muon(stopped)
+            optim.load_state(b, state)
+        for m, optimizer in ((straight, a), (stopped, b)):
+            optim.set_rates(optimizer, i, 1.0)
+            step(m, optimizer, 1)
+    for p, q in zip(straight.parameters(), stopped.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_muon_takes_the_blocks_matrices_and_the_rest_is_adamws():
+    m = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=True))  # tied, positions
+    names = {id(p): name for name, p in m.named_parameters()}
+    matrices, tables, head, vectors = ([names[id(p)] for p in g['params']] for g in muon(m).param_groups)
+    block = 'transformer.h.0.'
+    assert matrices == [block + n for n in ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight',
+                                            'mlp.c_proj.weight')]
+    assert tables == ['transformer.wte.weight', 'transformer.wpe.weight'] and head == []
+    assert len(vectors) == len(names) - 6 and all(n.endswith('bias') or 'ln_' in n for n in vectors)
+
+
+def test_muons_flops():
+    """5 iterations of three products: at 124M parameters under 1 % of a step of 0.5M tokens."""
+    with torch.device('meta'):
+        m = GPT(GPTConfig(arch='modern', vocab_size=50304, n_layer=12, n_head=6, n_embd=768, block_size=1024))
+    square, wide = 5 * 6 * 768 ** 3, 5 * (2 * 2 * 4 + 2) * 768 ** 3
+    assert muon(m, iterations=5).flops() == 12 * (4 * square + 2 * wide)
+    assert muon(m, iterations=5).flops() < 0.01 * 524288 * m.flops_per_token()
