@@ -309,7 +309,7 @@ if master and not eval_only:
     log = RunLog(out_dir, {
         'config': resolved, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
         'parameters': raw_model.n_params(), 'trained': n_trained, 'flops_per_token': flops_per_token,
-        'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter,
+        'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter, 'processes': world_size,
     }, resume_at=iter_num if resuming else None, wandb_options={
         'project': wandb_project, 'name': wandb_run_name, 'config': resolved, 'id': wandb_id,
         'resume': 'allow' if wandb_id else None} if wandb_log else None)
