@@ -1,38 +1,56 @@
 """
-Measure: one suite at a time, each a file in bench/.
+Measure: one suite at a time, each a file in bench/. What is not a key of this script goes to train.py.
 
+  python bench.py --suite=race --peer=../nanoGPT config/speedrun_cpu.py
+  python bench.py --suite=sweep config/train_gpt2.py --dataset=shakespeare
+  python bench.py --suite=ablation config/speedrun_cpu.py --dataset=shakespeare_char
   python bench.py --suite=speed --peer=../nanoGPT
 
-speed   this trainer and another that follows nanoGPT's command line and log (nanoGPT itself is one), in turn on the
-        same token files: ms per iteration, tokens per second, val loss, and tokens per second of sampling
+race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
+          nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds
+sweep     the same step in micro-batches of 1, 2, 4, ... sequences: time, tokens per second, MFU, memory; the best flags
+ablation  a config, and the same without one of its parts: val loss and time, over seeds
+speed     this trainer and another on the same token files: ms per iteration, tokens per second of training and sampling
 """
 
 import importlib
 import json
 import os
+import shlex
 import time
 
 import hardware
 from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = 'speed'  # a file in bench/
-peer = ''  # the folder of the other trainer, with data/shakespeare_char prepared in it
-runs = 3  # of each program, in turn
-dest = ''  # where the figures are written as JSON; '': results/<suite>.json
+suite = ''  # race, sweep, ablation or speed
+runs = 3  # of each program or config, in turn, with seeds 1, 2, ...
+dest = ''  # the figures as JSON, and a picture beside it where the suite draws one; '': results/<suite>.json
+# race and speed
+peer = ''  # the folder of the other trainer
+# race
+peer_args = 'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=145 --eval_interval=2000 \
+--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 \
+--lr_decay_iters=2000 --dropout=0.0'  # what the peer's train.py is called with: nanoGPT's README command for a CPU
+# sweep
+steps = 5  # training steps of each micro-batch
 # ----------------------------------------------------------------------------------------------------------------------
-config, given = configure(globals())
+for_train = []
+config, given = configure(globals(), pass_on=for_train)
 
-if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'bench', f'{suite}.py')):
-    raise InputError(f'there is no suite {suite!r} in bench/')
+folder = os.path.dirname(os.path.abspath(__file__))
+if not suite or not os.path.exists(os.path.join(folder, 'bench', f'{suite}.py')):
+    raise InputError(f'suite={suite!r}: use race, sweep, ablation or speed')
 dest = dest or os.path.join('results', f'{suite}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')
-if runs < 1:
-    raise InputError(f'runs={runs} must be at least 1')
-started = time.strftime('%Y-%m-%d')
-figures = importlib.import_module(f'bench.{suite}').measure(config)
+for key in ('runs', 'steps'):
+    if config[key] < 1:
+        raise InputError(f'{key}={config[key]} must be at least 1')
+command = shlex.join(['python', 'bench.py', *(f'--{key}={config[key]}' for key in given), *for_train])
+measured = {'command': command, 'date': time.strftime('%Y-%m-%d'), **hardware.versions()}
+picture = os.path.splitext(dest)[0] + '.png'
+measured['figures'] = importlib.import_module(f'bench.{suite}').measure(config, for_train, picture)
 with open(dest, 'w', encoding='utf-8') as f:
-    command = ' '.join(['python bench.py', *(f'--{key}={config[key]}' for key in config if key in given)])
-    json.dump({'command': command, 'date': started, **hardware.versions(), 'figures': figures}, f, indent=1)
+    json.dump(measured, f, indent=1)
 print(f'written to {dest}')

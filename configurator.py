@@ -25,22 +25,34 @@ class InputError(ValueError):
     """What was wrong, where, and what to do about it, in one or two lines."""
 
 
-def configure(namespace, argv=None):
+def configure(namespace, argv=None, pass_on=None):
     """
     Apply the command line to `namespace`, a script's globals().
 
     Returns (config, given): every key with its final value, and the keys that a config file or the command line has
-    set, in that order. `--help` prints every key with its default and its comment, and exits. Raises InputError.
+    set, in that order. pass_on: a list that takes the arguments that are for another script, which are the config files
+    and the keys that this one does not have. `--help` prints every key with its default and its comment, and exits.
+    Raises InputError.
     """
     report_errors()
     argv = sys.argv[1:] if argv is None else argv
-    keys = _read_keys(namespace['__file__'])
     if '--help' in argv or '-h' in argv:
-        print(_help(namespace, keys))
+        print(_help(namespace.get('__doc__'), _read_keys(namespace['__file__'])))
         raise SystemExit(0)
-    config = {key: namespace[key] for key in keys}
+    config, given = resolve(namespace['__file__'], argv, pass_on)
+    namespace.update(config)
+    return config, given
+
+
+def resolve(script, argv, pass_on=None):
+    """What configure() would return in `script`, a path, for that command line. Raises InputError."""
+    keys = _read_keys(script)
+    config = {name: key.default for name, key in keys.items()}
     given = {}  # used as an ordered set
     for arg in argv:
+        if pass_on is not None and not (arg.startswith('--') and arg[2:].partition('=')[0] in keys):
+            pass_on.append(arg)
+            continue
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
             if not equals:
@@ -50,7 +62,6 @@ def configure(namespace, argv=None):
             overrides, source = _run_config_file(arg, config), arg
         apply(config, keys, overrides, source, from_text=arg.startswith('--'))
         given = {k: None for k in given if k not in overrides} | dict.fromkeys(overrides)
-    namespace.update(config)
     return config, list(given)
 
 
@@ -86,10 +97,10 @@ def describe(config, given):
 
 
 class Key:
-    """One key of a script's config block: the types it takes, its comment, and the heading it stands under."""
+    """One key of a script's config block: its default and types, its comment, and the heading it stands under."""
 
-    def __init__(self, types, comment, heading):
-        self.types, self.comment, self.heading = types, comment, heading
+    def __init__(self, default, types, comment, heading):
+        self.default, self.types, self.comment, self.heading = default, types, comment, heading
 
 
 def _read_keys(path):
@@ -106,27 +117,28 @@ def _read_keys(path):
     for node in ast.parse(source).body:
         if any(isinstance(n, ast.Name) and n.id == 'configure' for n in ast.walk(node)):
             break
-        if isinstance(node, ast.AnnAssign):
-            name, kinds = node.target.id, {t.strip() for t in ast.unparse(node.annotation).split('|')}
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                default = eval(compile(ast.Expression(node.value), path, 'eval'), {'__builtins__': {}})
-            except Exception:
-                continue  # computed from something else: not a plain value, so not a key
-            name, kinds = node.targets[0].id, {type(default).__name__}
-        else:
+        target = node.target if isinstance(node, ast.AnnAssign) else \
+            node.targets[0] if isinstance(node, ast.Assign) else None
+        if not isinstance(target, ast.Name):
             continue
+        try:
+            default = eval(compile(ast.Expression(node.value), path, 'eval'), {'__builtins__': {}})
+        except Exception:
+            continue  # computed from something else: not a plain value, so not a key
+        name, kinds = target.id, {type(default).__name__}
+        if isinstance(node, ast.AnnAssign):
+            kinds = {t.strip() for t in ast.unparse(node.annotation).split('|')}
         if name.startswith('_') or not kinds <= {'bool', 'int', 'float', 'str', 'None'}:
             continue
         above = comments[node.lineno - 1] if node.lineno - 1 in own_line else ''
         if above.strip('-') and not above.startswith('...'):
             heading = above
-        comment = comments.get(node.lineno, '')
+        comment = comments.get(node.end_lineno, '')
         line = node.end_lineno + 1
         while line in own_line and comments[line].startswith('...'):  # a comment that goes on below the key
             comment += ' ' + comments[line][3:].strip()
             line += 1
-        keys[name] = Key(kinds, comment, heading)
+        keys[name] = Key(default, kinds, comment, heading)
     return keys
 
 
@@ -193,15 +205,20 @@ def _convert(name, value, kinds, from_text, source):
     raise InputError(f'{source}: {name} must be {wanted}, not {value!r}')
 
 
-def _help(namespace, keys):
-    lines = [(namespace.get('__doc__') or '').strip(), '', 'Keys (set in a config file, or as --key=value):']
+def _help(doc, keys):
+    lines = [(doc or '').strip(), '', 'Keys (set in a config file, or as --key=value):']
     heading = None
     for name, key in keys.items():
         if key.heading != heading:
             heading = key.heading
             lines += ['', f'  {heading}']
-        lines += textwrap.wrap(f'{key.comment}', 78, initial_indent=f'{name + " = " + repr(namespace[name]):<38}  ',
-                               subsequent_indent=' ' * 40) if key.comment else [f'{name} = {namespace[name]!r}']
+        shown = f'{name} = {key.default!r}'
+        comment = textwrap.wrap(key.comment, 78, initial_indent=' ' * 40, subsequent_indent=' ' * 40)
+        if comment and len(shown) < 40:
+            comment[0] = f'{shown:<40}{comment[0][40:]}'
+        else:
+            lines.append(shown)
+        lines += comment
     return '\n'.join(lines)
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 import checkpoint
 from configurator import InputError
 
-
 ARCHITECTURES = {
     'gpt2': dict(bias=True, norm='layernorm', positions='learned', qk_norm=False, activation='gelu', tied=True,
                  zero_init=False, embd_norm=False),
@@ -293,9 +292,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        GPT-2's: normal, of standard deviation 0.02, and less, by their number, for projections into the residual stream.
-        With zero_init those and an untied head are zero, and the other matrices begin at half the size that keeps
-        activations as large as they are (which at n_embd=768 is 0.018).
+        GPT-2's: normal, of standard deviation 0.02, and less, by their number, for projections into the residual
+        stream. With zero_init those and an untied head are zero, and the other matrices begin at half the size that
+        keeps activations as large as they are (which at n_embd=768 is 0.018).
         """
         zero_init, n_layer = self.config.zero_init, self.config.n_layer
         for name, p in self.named_parameters():

@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         """FLOPs of a step's orthogonalisations: three products in each iteration."""
         total = 0
         for group in self.param_groups:
-            for p, parts in zip(group['params'], group.get('parts', ())):
+            for p, parts in zip(group['params'], group.get('parts', ()), strict=False):
                 rows, columns = sorted((p.size(0) // parts, p.size(1)))
                 total += parts * self.iterations * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
         return total
@@ -134,13 +134,13 @@ def orthogonalize(G, iterations, dtype):
         return X
     # Of wide matrices, everything but the first and the last product on the small side: X becomes Q X0, and A = X X^T
     # follows from the last A. Only in full float32: rounding errors in A are never corrected.
-    A = X @ X.mT
-    for i, (a, b, c) in enumerate(steps):
-        if i:
+    A, P, Q = X @ X.mT, None, None
+    for a, b, c in steps:
+        if P is not None:
             A = P @ A @ P
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        Q = P @ Q if i else P
+        Q = P if Q is None else P @ Q
     return Q @ X
 
 

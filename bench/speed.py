@@ -3,14 +3,10 @@
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
+from bench import process
 from configurator import InputError
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # nanoGPT's README configuration for a CPU, whole; and a model large enough for the matmuls to matter, a few iterations
 SETUPS = {
@@ -24,20 +20,20 @@ SETUPS = {
 CONFIG = os.path.join('config', 'train_shakespeare_char.py')
 
 
-def measure(config):
+def measure(config, train_args, picture):
     """The figures as plain values. Trains in a temporary folder, with the peer's token files. Raises InputError."""
-    peer = os.path.abspath(config['peer'])
+    if train_args:
+        raise InputError(f'{train_args[0]}: this suite trains models of its own, and takes no config')
+    peer, here = process.check_peer(config['peer']), process.ROOT
     data = os.path.join(peer, 'data', 'shakespeare_char')
-    for needed in (os.path.join(peer, 'train.py'), os.path.join(data, 'train.bin')):
-        if not config['peer'] or not os.path.exists(needed):
-            raise InputError(f'peer={config["peer"]!r}: there is no {needed}; give the folder of a nanoGPT in which '
-                             f'python data/shakespeare_char/prepare.py has run')
+    if not os.path.exists(os.path.join(data, 'train.bin')):
+        raise InputError(f'there is no {data}/train.bin: run python data/shakespeare_char/prepare.py in {peer}')
     figures = {}
     with tempfile.TemporaryDirectory() as out:
         for name, setup in SETUPS.items():
             rows = {'peer': [], 'here': []}
             for _ in range(config['runs']):
-                for who, folder in (('peer', peer), ('here', ROOT)):
+                for who, folder in (('peer', peer), ('here', here)):
                     rows[who].append(_train(folder, os.path.join(out, who), setup | {'dataset': data}))
             figures[name] = _compare(rows, setup['batch_size'] * setup['block_size'])
             _show(name, figures[name])
@@ -46,8 +42,8 @@ def measure(config):
         default, exact = {}, {'window_step': 1}
         rows = {'peer': [], 'here': [], 'here, context moved for every token': []}
         for _ in range(config['runs']):
-            for who, folder, options in zip(rows, (peer, ROOT, ROOT), (default, default, exact), strict=True):
-                rows[who].append(_sampling_speed(folder, os.path.join(out, 'peer'), options))
+            for who, where, options in zip(rows, (peer, here, here), (default, default, exact), strict=True):
+                rows[who].append(_sampling_speed(where, os.path.join(out, 'peer'), options))
         name = 'sampling 500 tokens, 6 layers x 384, T=256, one sample'
         figures[name] = {who: {'tokens_per_s': statistics.median(speeds)} for who, speeds in rows.items()}
         for who in list(rows)[1:]:
@@ -56,19 +52,9 @@ def measure(config):
     return figures
 
 
-def _run(folder, script, options):
-    command = [sys.executable, script, *(f'--{key}={value}' for key, value in options.items())]
-    if script == 'train.py':
-        command.insert(2, CONFIG)
-    start = time.perf_counter()
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if ran.returncode:
-        raise InputError(f'{" ".join(command)} failed in {folder}: {ran.stderr.strip()[-200:]}')
-    return ran.stdout, time.perf_counter() - start
-
-
 def _train(folder, out_dir, setup):
-    out, _ = _run(folder, 'train.py', setup | {'out_dir': out_dir, 'device': 'cpu', 'compile': False})
+    options = setup | {'out_dir': out_dir, 'device': 'cpu', 'compile': False}
+    out, _ = process.run(folder, 'train.py', [CONFIG, *process.flags(options)])
     times = [float(t) for t in re.findall(r'^iter \d+: .*?time ([\d.]+)ms', out, re.M)]
     evaluated = re.findall(r'^step (\d+): .*?val loss ([\d.]+)', out, re.M)
     # the first iterations warm up; in nanoGPT those beside an evaluation include it, which a median passes over
@@ -79,8 +65,8 @@ def _train(folder, out_dir, setup):
 def _sampling_speed(folder, out_dir, more):
     """Tokens per second from whole runs that differ only in how many tokens they draw."""
     options = {'out_dir': out_dir, 'device': 'cpu', 'num_samples': 1, 'start': 'A'} | more
-    _, long = _run(folder, 'sample.py', options | {'max_new_tokens': 501})
-    _, short = _run(folder, 'sample.py', options | {'max_new_tokens': 1})
+    _, long = process.run(folder, 'sample.py', process.flags(options | {'max_new_tokens': 501}))
+    _, short = process.run(folder, 'sample.py', process.flags(options | {'max_new_tokens': 1}))
     return 500 / (long - short)
 
 

@@ -1,0 +1,38 @@
+"""Scripts with nanoGPT's command line, run and timed: this project's, and a peer's in its own folder."""
+
+import os
+import subprocess
+import sys
+import time
+
+from configurator import InputError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def own(script, args):
+    """One of this project's scripts, in the current folder: what it printed. Raises InputError."""
+    return run(None, os.path.join(ROOT, script), args)[0]
+
+
+def run(folder, script, args):
+    """`python script args` in `folder`: (what it printed, seconds). Raises InputError with its last line if it fails.
+    """
+    command = [sys.executable, script, *args]
+    start = time.perf_counter()
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')
+        raise InputError(f'{os.path.basename(script)} {" ".join(args)}: {last}')
+    return ran.stdout, time.perf_counter() - start
+
+
+def check_peer(folder):
+    """The absolute path of another trainer's folder. Raises InputError if there is none."""
+    if not folder or not os.path.exists(os.path.join(folder, 'train.py')):
+        raise InputError(f'peer={folder!r}: give the folder of another trainer, with its train.py')
+    return os.path.abspath(folder)
+
+
+def flags(options):
+    return [f'--{key}={value}' for key, value in options.items()]
