@@ -7,6 +7,7 @@ References: GPT-2 (https://github.com/openai/gpt-2), nanoGPT (https://github.com
 parts modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt), nanochat (https://github.com/karpathy/nanochat).
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass, fields
 
@@ -95,13 +96,19 @@ def sdpa(q, k, v, dropout):
 
 def math_attention(q, k, v, dropout):
     """The same by two matmuls and a softmax, with (B, H, T, T) scores in memory. A single query goes to sdpa."""
-    T = q.size(2)
+    B, H, T, hd = q.shape
     if T == 1:
         return sdpa(q, k, v, dropout)
-    scores = (q * q.size(-1) ** -0.5) @ k.mT
-    scores += torch.full((T, T), -math.inf, device=q.device, dtype=scores.dtype).triu(1)
+    q, k, v = (z.flatten(0, 1) for z in (q, k, v))
+    scores = torch.baddbmm(causal_mask(T, q.dtype, q.device), q, k.mT, alpha=hd ** -0.5)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
-    return weights @ v
+    return (weights @ v).view(B, H, T, hd)
+
+
+@functools.lru_cache(maxsize=4)
+def causal_mask(T, dtype, device):
+    """(T, T) to be added to scores: 0 where the key is not after the query, else -inf."""
+    return torch.full((T, T), -math.inf, dtype=dtype, device=device).triu(1)
 
 
 ATTENTION = {'sdpa': sdpa, 'math': math_attention}

@@ -99,12 +99,15 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_(update, alpha=lr)
 
     def flops(self):
-        """FLOPs of a step's orthogonalisations: three products in each iteration."""
-        total = 0
+        """FLOPs of a step's orthogonalisations."""
+        total, n = 0, self.iterations
         for group in self.param_groups:
             for p, parts in zip(group['params'], group.get('parts', ()), strict=False):
                 rows, columns = sorted((p.size(0) // parts, p.size(1)))
-                total += parts * self.iterations * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
+                if _by_small_side(p.device, self.dtype, rows, columns):
+                    total += parts * (2 * 2 * rows ** 2 * columns + (4 * n - 3) * 2 * rows ** 3)
+                else:
+                    total += parts * n * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
         return total
 
     def _adamw(self, group):
@@ -127,13 +130,11 @@ def orthogonalize(G, iterations, dtype):
     """
     X = (G / (1.02 * G.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # 2 %: rounding must not lead above 1
     steps = POLAR_EXPRESS[:iterations]
-    if G.device.type != 'cpu' or dtype != torch.float32 or G.size(-2) == G.size(-1):
+    if not _by_small_side(G.device, dtype, *G.shape[-2:]):
         for a, b, c in steps:
             A = X @ X.mT
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
         return X
-    # Of wide matrices, everything but the first and the last product on the small side: X becomes Q X0, and A = X X^T
-    # follows from the last A. Only in full float32: rounding errors in A are never corrected.
     A, P, Q = X @ X.mT, None, None
     for a, b, c in steps:
         if P is not None:
@@ -142,6 +143,14 @@ def orthogonalize(G, iterations, dtype):
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = P if Q is None else P @ Q
     return Q @ X
+
+
+def _by_small_side(device, dtype, rows, columns):
+    """
+    Whether only the first and the last product are with a wide matrix itself, and the others on its small side: X is
+    Q X0, and A = X X^T follows from the last A. In full float32 alone, for rounding errors in A are never corrected.
+    """
+    return rows < columns and dtype == torch.float32 and device.type == 'cpu'
 
 
 def load_state(optimizer, state):

@@ -126,10 +126,10 @@ if resuming:
 # values
 for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batch_size': 1, 'block_size': 1,
                    'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'learning_rate': 0,
-                   'weight_decay': 0, 'beta1': 0, 'beta2': 0, 'grad_clip': 0, 'warmup_iters': 0, 'seed': 0,
-                   'muon_lr': 0, 'muon_momentum': 0, 'momentum_warmup': 0, 'muon_iterations': 1, 'decay_part': 0,
-                   }.items():
-    if config[key] < least:
+                   'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0, 'momentum_warmup': 0,
+                   'muon_iterations': 1, 'weight_decay': 0, 'beta1': 0, 'beta2': 0, 'grad_clip': 0, 'warmup_iters': 0,
+                   'decay_part': 0, 'seed': 0}.items():
+    if config[key] is not None and config[key] < least:
         raise InputError(f'{key}={config[key]} must be at least {least}')
 for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd')}.items():
     if config[key] not in known:
@@ -292,6 +292,10 @@ peak, peak_source = hardware.peak_flops(device, dtype, peak_flops, tf32)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 resolved = config | {key: globals()[key] for key in (
     'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'dtype', 'attn_backend', 'compile', 'backend')}
+muon_adds = ''
+if isinstance(optimizer, optim.Muon):
+    share = optimizer.flops() / (flops_per_token * tokens_per_iter / world_size)
+    muon_adds = f'; Muon adds {100 * share:.1f} % per step'
 if master:
     print(f'{describe(resolved, given)}\n'
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
@@ -299,7 +303,7 @@ if master:
           f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
           f'data: {data_dir}, {train_tokens.n_tokens:,} + {val_tokens.n_tokens:,} tokens, vocabulary {n_ids}\n'
           f'model: {init_from}, {raw_model.n_params():,} parameters, {n_trained:,} trained; '
-          f'{flops_per_token / 1e6:.4g} MFLOPs per token\n'
+          f'{flops_per_token / 1e6:.4g} MFLOPs per token{muon_adds}\n'
           f'tokens per iteration will be: {tokens_per_iter:,} = {batch_size} sequences x {block_size} tokens x '
           f'{micro_steps} accumulated x {world_size} processes; {max_iters:,} iterations are '
           f'{batches.epoch(max_iters):.2f} epochs', flush=True)

@@ -249,7 +249,7 @@ def test_math_attention_equals_sdpa():
 def test_dropout_only_in_training():
     m = tiny('math', dropout=0.5)
     idx = torch.randint(33, (2, 16))
-    assert m.loss(idx, idx) == m.loss(idx, idx) == tiny().loss(idx, idx)
+    assert m.loss(idx, idx) == m.loss(idx, idx) == tiny('math').loss(idx, idx)
     m.train()
     assert m.loss(idx, idx) != m.loss(idx, idx)
 

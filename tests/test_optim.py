@@ -181,3 +181,15 @@ def test_muons_flops():
     square, wide = 5 * 6 * 768 ** 3, 5 * (2 * 2 * 4 + 2) * 768 ** 3
     assert muon(m, iterations=5).flops() == 12 * (4 * square + 2 * wide)
     assert muon(m, iterations=5).flops() < 0.01 * 524288 * m.flops_per_token()
+
+
+def test_muons_flops_are_those_of_its_products():
+    from torch.utils.flop_counter import FlopCounterMode
+    m = modern()
+    optimizer = muon(m, iterations=4)
+    optim.set_rates(optimizer, 0, 1.0)
+    for p in m.parameters():
+        p.grad = torch.ones_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert optimizer.flops() == counter.get_total_flops()

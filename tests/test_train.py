@@ -49,6 +49,25 @@ def test_it_learns_and_reports(project):
     assert log(project.folder)[0]['config']['n_embd'] == 32
 
 
+def test_the_modern_recipe_learns_faster(project):
+    project.train(max_iters=40, eval_interval=40, out_dir='gpt2')
+    ran, out = project.train(max_iters=40, eval_interval=40, arch='modern', smear=True, optimizer='muon',
+                             schedule='wsd')
+    gpt2, modern = (losses(project.folder, o)[1][40] for o in ('gpt2', 'out'))
+    assert modern < gpt2 - 0.5
+    lr = [r['lr'] for r in log(project.folder) if 'loss' in r]
+    assert lr[2:20] == [0.01] * 18 and lr[30] == pytest.approx(0.005) and lr[39] == pytest.approx(0.0005)
+    assert f'Muon adds {100 * ran["optimizer"].flops() / (64 * ran["flops_per_token"]):.1f} %' in out
+    assert len(project.sample(start='a')) > 20
+
+
+def test_the_vocabulary_of_the_modern_one_is_padded(project):
+    write_tokens(project.folder / 'data' / 'few', [1, 2] * 99, [1, 2] * 99, vocab_size=65)
+    assert project.train(dataset='few')[0]['raw_model'].config.vocab_size == 65  # as nanoGPT's
+    model = project.train(dataset='few', arch='modern')[0]['raw_model']
+    assert model.config.vocab_size == 128 and model.config.n_ids == 65
+
+
 def test_accumulation_is_a_larger_batch(project):
     project.train(batch_size=8, out_dir='one')
     project.train(batch_size=2, gradient_accumulation_steps=4, out_dir='four')
@@ -64,6 +83,8 @@ def test_accumulation_is_a_larger_batch(project):
     dict(dropout=0.2, gradient_accumulation_steps=16, batch_size=3),  # 48 of 155 windows a step: over epochs
     dict(dtype='bfloat16', bias=True),
     dict(dtype='float16', patience=9),
+    dict(arch='modern', smear=True, optimizer='muon', momentum_warmup=6, schedule='wsd', dtype='bfloat16'),
+    dict(arch='modern', optimizer='muon', embd_lr=1e-3, dtype='float16'),
 ])
 def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
     monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
@@ -102,6 +123,12 @@ def test_resuming_another_architecture_is_refused(project):
     before = (project.folder / 'out' / 'ckpt.pt').read_bytes(), log(project.folder)
     with pytest.raises(InputError, match='has n_embd=32, but this run asks for 64'):
         project.resume(n_embd=64, max_iters=9)
+    with pytest.raises(InputError, match='has arch=gpt2, but this run asks for modern'):
+        project.resume(arch='modern', max_iters=9)
+    with pytest.raises(InputError, match='has qk_norm=False, but this run asks for True'):
+        project.resume(qk_norm=True, max_iters=9)
+    with pytest.raises(InputError, match="optimizer's state does not fit"):
+        project.resume(optimizer='muon', max_iters=9)
     with pytest.raises(InputError, match='nothing left to do'):
         project.resume()
     write_tokens(project.folder / 'data' / 'other', [1] * 99, [1] * 99,
@@ -267,6 +294,11 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(attn_backend='fast'), "attn_backend='fast' is not known"),
     (dict(compile='maybe'), "compile='maybe' must be"),
     (dict(total_batch_size=100), 'total_batch_size=100 tokens cannot be made'),
+    (dict(arch='llama'), "arch='llama' is not known"), (dict(norm='batch'), "norm='batch' is not known"),
+    (dict(optimizer='sgd'), "optimizer='sgd' is not known"), (dict(schedule='step'), "schedule='step' is not known"),
+    (dict(muon_iterations=9), 'muon_iterations=9 must be at most 6'), (dict(decay_part=2), 'decay_part=2.0 must be'),
+    (dict(embd_lr=-1), 'embd_lr=-1.0 must be at least 0'),
+    (dict(arch='modern', n_head=32, n_embd=96), 'n_embd=96 / n_head=32 is odd'),
     (dict(seed=-1), 'seed=-1 must be at least 0'), (dict(beta1=1.5), 'beta1=1.5 must be below 1'),
     (dict(learning_rate=-1), 'learning_rate=-1.0 must be'), (dict(peak_flops=0), 'peak_flops=0.0 must be above 0'),
     (dict(sample_tokens=5, sample_start='a', dataset='chars'), "the character 'a' is not among"),

@@ -1,0 +1,39 @@
+# A GPT of GPT-2's size (12 layers, 768 wide) on FineWeb-Edu, by the modern recipe: rotary positions, QK-norm, ReLU
+# squared, heads of 128, an untied head, Muon, and a constant rate that then falls to zero. After modded-nanogpt's plain
+# script of this kind, which states its loss for 3250 steps of 524,288 tokens; fewer steps: set max_iters, and the
+# schedule follows.
+#
+# Needs: data/fineweb prepared with GPT-2's tokenizer (or --dataset=...), and a GPU. On a card with less memory the same
+# step in smaller pieces: python bench.py --suite=sweep config/train_fineweb_modern.py finds the best batch_size.
+# Time and loss: not yet measured here.
+
+out_dir = 'out-fineweb-modern'
+dataset = 'fineweb'
+eval_interval = 250
+eval_iters = 100
+log_interval = 10
+
+batch_size = 16
+block_size = 1024
+total_batch_size = 16 * 1024 * 32
+
+arch = 'modern'
+n_layer = 12
+n_head = 6
+n_embd = 768
+
+optimizer = 'muon'
+muon_lr = 0.02
+muon_momentum = 0.95
+momentum_warmup = 300
+learning_rate = 3e-3
+embd_lr = 3e-3
+weight_decay = 0.01
+beta1 = 0.8
+beta2 = 0.95
+grad_clip = 0.0
+
+max_iters = 3250
+warmup_iters = 0
+schedule = 'wsd'
+decay_part = 0.6
