@@ -7,7 +7,8 @@ Measure: one suite at a time, each a file in bench/. What is not a key of this s
   python bench.py --suite=speed --peer=../nanoGPT
 
 race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
-          nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds
+          nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds. It
+          is read at this trainer's evaluations: a short --eval_interval shows it closely
 sweep     the same step in micro-batches of 1, 2, 4, ... sequences: time, tokens per second, MFU, memory; the best flags
 ablation  a config, and the same without one of its parts: val loss and time, over seeds
 speed     this trainer and another on the same token files: ms per iteration, tokens per second of training and sampling

@@ -243,6 +243,10 @@ class StepClock:
             self.total += time.perf_counter() - self._since
             self._since = None
 
+    def seconds(self):
+        """The total so far, without waiting for the device."""
+        return self.total + (0.0 if self._since is None else time.perf_counter() - self._since)
+
     def lap(self):
         """Seconds since the last lap."""
         self.stop()

@@ -122,6 +122,7 @@ class rms_norm(torch.autograd.Function):
     By hand because this keeps y for backward, which the next matmul keeps anyway, where torch's keeps x; and on a CPU
     torch takes twice as long.
     """
+
     @staticmethod
     def forward(ctx, x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -154,6 +155,7 @@ class relu_squared(torch.autograd.Function):
 
 class RMSNorm(nn.Module):
     def forward(self, x, cache=None):
+        """x: (..., n). What stands between the embedding and the first block is called with the cache."""
         return rms_norm.apply(x)
 
 
@@ -376,8 +378,9 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Forget the positions from block_size on."""
         self.config.block_size = block_size
-        kept = self.transformer.wpe.weight[:block_size].detach().clone()
-        self.transformer.wpe = LearnedPositions.from_pretrained(kept, freeze=False)
+        if self.config.positions == 'learned':
+            kept = self.transformer.wpe.weight[:block_size].detach().clone()
+            self.transformer.wpe = LearnedPositions.from_pretrained(kept, freeze=False)
 
     @classmethod
     def from_pretrained(cls, source, override_args=None):

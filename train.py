@@ -73,7 +73,9 @@ embd_norm: bool | None = None  # the embedding normalised
 optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # the highest of AdamW
 max_iters = 600000  # steps
-max_minutes = 0.0  # stop after so many minutes of wall-clock time; 0: no limit
+max_minutes = 0.0  # stop after so many minutes of wall-clock time, to be resumed; 0: no limit
+train_minutes = 0.0  # where the machine cannot do max_iters in so many minutes of training, the schedule follows the
+# ... clock and ends with them; 0: as long as it takes
 patience = 0  # stop after so many evaluations without a lower validation loss; 0: never
 weight_decay = 1e-1  # of matrices
 beta1 = 0.9
@@ -125,10 +127,10 @@ if resuming:
 
 # values
 for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batch_size': 1, 'block_size': 1,
-                   'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'learning_rate': 0,
-                   'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0, 'momentum_warmup': 0,
-                   'muon_iterations': 1, 'weight_decay': 0, 'beta1': 0, 'beta2': 0, 'grad_clip': 0, 'warmup_iters': 0,
-                   'decay_part': 0, 'seed': 0}.items():
+                   'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'train_minutes': 0,
+                   'learning_rate': 0, 'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0,
+                   'momentum_warmup': 0, 'muon_iterations': 1, 'weight_decay': 0, 'beta1': 0, 'beta2': 0,
+                   'grad_clip': 0, 'warmup_iters': 0, 'decay_part': 0, 'seed': 0}.items():
     if config[key] is not None and config[key] < least:
         raise InputError(f'{key}={config[key]} must be at least {least}')
 for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd')}.items():
@@ -355,6 +357,14 @@ def check_finite(val_loss=0.0):
                          f'from before. Try a lower learning_rate, a longer warm-up, or dtype=float32')
 
 
+def of_master(value):
+    """The first process's value, everywhere."""
+    if ddp:
+        value = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(value, 0)
+    return float(value)
+
+
 def any_process(flag):
     """True everywhere if it is True anywhere, so that all processes stop at the same step."""
     if ddp:
@@ -385,12 +395,15 @@ x, y = batches.get(iter_num, 0, device)
 # ----------------------------------------------------------------------------------------------------------------------
 # TRAINING SECTION BEGIN
 while True:
+    at = iter_num  # where the schedule is
+    if train_minutes:
+        at = max(at, max_iters * of_master(past_seconds + clock.seconds()) / (60 * train_minutes))
     if not decay_lr:
         lr_factor = 1.0
     elif schedule == 'wsd':
-        lr_factor = optim.wsd(iter_num, warmup_iters, lr_decay_iters, lowest, decay_part)
+        lr_factor = optim.wsd(at, warmup_iters, lr_decay_iters, lowest, decay_part)
     else:
-        lr_factor = optim.cosine(iter_num, warmup_iters, lr_decay_iters, lowest)
+        lr_factor = optim.cosine(at, warmup_iters, lr_decay_iters, lowest)
     lr = learning_rate * lr_factor
     optim.set_rates(optimizer, iter_num, lr_factor)
 
@@ -402,7 +415,7 @@ while True:
             print(f'stopped at iter {iter_num}; go on with --init_from=resume --out_dir={out_dir}')
         break
     out_of_time = max_minutes and any_process(time.perf_counter() - started > 60 * max_minutes)
-    finished = iter_num >= max_iters or out_of_time
+    finished = at >= max_iters or out_of_time
     if eval_only or (finished or iter_num % eval_interval == 0) and iter_num != last_eval:
         clock.stop()
         if master:
@@ -463,10 +476,13 @@ while True:
         speed = tokens_per_iter / seconds
         mfu = flops_per_token * speed / (peak * world_size)
         memory = hardware.peak_memory_gb(device)
+        eta = (max_iters - iter_num - 1) * seconds
+        if train_minutes:
+            eta = min(eta, max(0.0, 60 * train_minutes - past_seconds - clock.total))
         if master and iter_num % log_interval == 0:
             print(f'iter {iter_num}: loss {step_loss.item():.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
                   f'tok/s {speed / 1000:.1f}k, lr {lr:.1e}, mem {memory:.1f}GB, '
-                  f'eta {hardware.duration((max_iters - iter_num - 1) * seconds)}', flush=True)
+                  f'eta {hardware.duration(eta)}', flush=True)
             log.write({'iter': iter_num, 'loss': step_loss.item(), 'lr': lr, 'time_ms': seconds * 1000,
                        'tokens_per_s': speed, 'mfu': mfu, 'grad_norm': grad_norm.item() if grad_clip else None,
                        'memory_gb': memory, 'tokens': (iter_num + 1) * tokens_per_iter})

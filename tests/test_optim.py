@@ -123,7 +123,7 @@ def test_muon_step_by_step():
     velocity = {name: torch.zeros_like(p) for name, p in m.named_parameters()}
     others = [p for name, p in reference.named_parameters() if '.h.' not in name and name != 'lm_head.weight']
     adam = torch.optim.AdamW([{'params': others, 'lr': 1e-2}, {'params': [reference.lm_head.weight], 'lr': 2e-2}],
-                             betas=(0.9, 0.95), weight_decay=0.0)
+                             betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
     rng = torch.Generator().manual_seed(1)
     for i in range(2):
         for p, q in zip(m.parameters(), reference.parameters(), strict=True):

@@ -182,9 +182,19 @@ def test_patience(project):
 
 
 def test_max_minutes(project):
-    ran, out = project.train(max_iters=100000, eval_interval=100000, max_minutes=0.02)
+    ran, out = project.train(max_iters=100000, eval_interval=100000, max_minutes=0.08)
     assert 0 < ran['iter_num'] < 100000
     assert checkpoint.load('out/best.pt')['iter_num'] == ran['iter_num']
+
+
+def test_a_slow_machines_schedule_ends_with_its_time(project):
+    ran, _ = project.train(max_iters=100000, eval_interval=100000, train_minutes=0.02, schedule='wsd', decay_part=0.5)
+    lr = [r['lr'] for r in log(project.folder) if 'loss' in r]
+    assert 20 < ran['iter_num'] < 100000 and len(lr) == ran['iter_num']
+    assert lr[len(lr) // 4] == 0.01 and lr[-1] < 0.001 and lr[len(lr) // 2:] == sorted(lr[len(lr) // 2:], reverse=True)
+    assert checkpoint.load('out/ckpt.pt')['train_seconds'] == pytest.approx(1.2, abs=0.3)
+    ran, _ = project.train(max_iters=4, train_minutes=9.0)  # and a fast one's with max_iters
+    assert ran['iter_num'] == 4
 
 
 def test_eval_only_also_after_a_resume_and_writes_nothing(project):
