@@ -140,20 +140,18 @@ def other_peaks(runs):
 def common_points(runs, axis, at_most=4):
     """
     Where to compare val losses: positions at which all runs have evaluated, else evenly over the range that all cover,
-    the last of either included; and then the end of the run that went furthest. Not before each run has evaluated what
-    it trained, if there is a choice: a straight line from the untrained model's loss is far above the truth.
+    the last of either included; and then the end of the run that went furthest.
     """
-    curves = [xs for xs in (run.curve(axis)[0] for run in runs) if xs and xs[-1] > 0]
+    curves = [xs for xs in ([x for x in run.curve(axis)[0] if x > 0] for run in runs) if xs]
     if not curves:
         return []
-    shared = sorted(set.intersection(*(set(xs) for xs in curves)) - {0})
+    shared = sorted(set.intersection(*(set(xs) for xs in curves)))
     if shared:
         n = min(at_most, len(shared))
         points = [shared[(i + 1) * len(shared) // n - 1] for i in range(n)]
     else:
         start, end = max(xs[0] for xs in curves), min(xs[-1] for xs in curves)
-        trained = max(next(x for x in xs if x > 0) for xs in curves)
-        points = [x for x in (end * (i + 1) / at_most for i in range(at_most)) if x >= max(start, min(trained, end))]
+        points = [x for x in (end * (i + 1) / at_most for i in range(at_most)) if x >= start]
     furthest = max(xs[-1] for xs in curves)
     return points + [furthest] * (points[-1:] != [furthest])
 
@@ -207,12 +205,13 @@ def draw(runs):
     for panel, (axis, choices) in zip(panels, units.items(), strict=True):
         curves = [(run.place(axis), run.curve(axis)) for run in runs]
         ends = [max([*xs, *(() if steps is None else steps)], default=0) for steps, (xs, _) in curves]
-        unit, label = next((u for u in choices if max(ends) >= 3 * u[0]), choices[-1])
+        unit, label = next((u for u in choices if max(ends) >= u[0]), choices[-1])
         for i, (run, (steps, (xs, losses))) in enumerate(zip(runs, curves, strict=True)):
             if steps is not None:
                 panel.plot(steps / unit, [s['loss'] for s in run.steps], color=f'C{i}', linewidth=0.7, alpha=0.4)
-            panel.plot([x / unit for x in xs], losses, color=f'C{i}', linewidth=2, label=run.name,
-                       marker='o' if most <= 30 or len(xs) < 3 else None, markersize=4)
+            # a line between few evaluations, of which the first is the untrained model's, would not be the run's course
+            panel.plot([x / unit for x in xs], losses, color=f'C{i}', linewidth=2 if len(xs) >= 5 else 0,
+                       label=run.name, marker='o' if most <= 30 or len(xs) < 5 else None, markersize=4)
         known = [end for end in ends if end]
         if known and max(known) > 8 * min(known):  # on a linear axis the short run would be a stroke at the left
             firsts = [x for _, (xs, _) in curves for x in xs if x > 0]

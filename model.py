@@ -7,7 +7,6 @@ References: GPT-2 (https://github.com/openai/gpt-2), nanoGPT (https://github.com
 parts modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt), nanochat (https://github.com/karpathy/nanochat).
 """
 
-import functools
 import math
 from dataclasses import asdict, dataclass, fields
 
@@ -100,15 +99,10 @@ def math_attention(q, k, v, dropout):
     if T == 1:
         return sdpa(q, k, v, dropout)
     q, k, v = (z.flatten(0, 1) for z in (q, k, v))
-    scores = torch.baddbmm(causal_mask(T, q.dtype, q.device), q, k.mT, alpha=hd ** -0.5)
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=hd ** -0.5)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
     return (weights @ v).view(B, H, T, hd)
-
-
-@functools.lru_cache(maxsize=4)
-def causal_mask(T, dtype, device):
-    """(T, T) to be added to scores: 0 where the key is not after the query, else -inf."""
-    return torch.full((T, T), -math.inf, dtype=dtype, device=device).triu(1)
 
 
 ATTENTION = {'sdpa': sdpa, 'math': math_attention}
@@ -127,7 +121,9 @@ class rms_norm(torch.autograd.Function):
     def forward(ctx, x):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square() / x.size(-1) + RMS_EPS)
-        y = (x * scale).to(x.dtype)
+        y = x * scale
+        if y.dtype != x.dtype:  # a `to` without effect, when compiled by torch 2.11, gives wrong gradients
+            y = y.to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 

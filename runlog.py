@@ -124,8 +124,12 @@ class Run:
         return [e[axis] for e in placed], [e['val_loss'] for e in placed]
 
     def val_loss_at(self, axis, x):
-        """Interpolated linearly between the neighbouring evaluations; None outside of them."""
-        xs, losses = self.curve(axis)
+        """
+        Interpolated linearly between the neighbouring evaluations; None outside of them, and before the first of a
+        trained model, for a straight line from the untrained one's loss is far above the truth.
+        """
+        xs, losses = ([at for at, position in zip(values, self.curve(axis)[0], strict=True) if position > 0]
+                      for values in self.curve(axis))
         return float(np.interp(x, xs, losses)) if xs and xs[0] <= x <= xs[-1] else None
 
     def place(self, axis):

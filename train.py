@@ -122,6 +122,9 @@ if resuming:
                              f'out, or train from scratch in another out_dir')
     inherit(globals(), config, given, saved, ckpt_path, except_keys=(
         'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'compile', 'backend', 'peak_flops'))
+    if train_minutes and resumed.get('train_seconds', 0.0) >= 60 * train_minutes and not eval_only:
+        raise InputError(f'{ckpt_path} has trained its train_minutes={train_minutes}: give more, or --train_minutes=0 '
+                         f'for all of max_iters={max_iters}')
     if resumed['iter_num'] >= max_iters and not eval_only:
         raise InputError(f'{ckpt_path} is at iter {resumed["iter_num"]} of max_iters={max_iters}: nothing left to do')
 

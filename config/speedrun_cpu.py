@@ -1,7 +1,9 @@
 # Shakespeare's characters on a CPU, in a tenth of the time: the model of nanoGPT's README command for a CPU (4 layers,
-# 128 wide, 64 tokens), by the modern architecture, Muon and a schedule that ends at zero.
+# 128 wide, 64 tokens) by the modern architecture, Muon and a schedule that ends at zero.
 #
 # Needs: data/shakespeare_char (python data/shakespeare_char/prepare.py).
+# 13 s in all on 2 threads of an Intel Xeon (Sapphire Rapids, float32), 2026-11-21: 133,120 tokens in 4.6 s of training
+# (29k tokens per second), val loss 1.873 (the mean of 3 seeds), 0.4 GB. nanoGPT takes 45 s of training there to 1.90.
 
 out_dir = 'out-speedrun-cpu'
 dataset = 'shakespeare_char'

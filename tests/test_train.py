@@ -193,6 +193,10 @@ def test_a_slow_machines_schedule_ends_with_its_time(project):
     assert 20 < ran['iter_num'] < 100000 and len(lr) == ran['iter_num']
     assert lr[len(lr) // 4] == 0.01 and lr[-1] < 0.001 and lr[len(lr) // 2:] == sorted(lr[len(lr) // 2:], reverse=True)
     assert checkpoint.load('out/ckpt.pt')['train_seconds'] == pytest.approx(1.2, abs=0.3)
+    with pytest.raises(InputError, match='has trained its train_minutes=0.02: give more'):
+        project.resume(max_iters=200000)
+    stopped = ran['iter_num']
+    assert project.resume(max_iters=stopped + 2, train_minutes=0)[0]['iter_num'] == stopped + 2
     ran, _ = project.train(max_iters=4, train_minutes=9.0)  # and a fast one's with max_iters
     assert ran['iter_num'] == 4
 
