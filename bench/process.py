@@ -16,14 +16,13 @@ def own(script, args):
 
 
 def run(folder, script, args):
-    """`python script args` in `folder`: (what it printed, seconds). Raises InputError with its last line if it fails.
-    """
+    """`python script args` in `folder`: (what it printed, seconds). Raises InputError with its error if it fails."""
     command = [sys.executable, script, *args]
     start = time.perf_counter()
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if ran.returncode:
         last = (ran.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')
-        raise InputError(f'{os.path.basename(script)} {" ".join(args)}: {last}')
+        raise InputError(f'{last}\n  in: {os.path.basename(script)} {" ".join(args)}')
     return ran.stdout, time.perf_counter() - start
 
 

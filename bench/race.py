@@ -94,7 +94,7 @@ def _target(theirs, ours, data, out_dir):
             same | {'out_dir': out_dir, 'dataset': data})])
         return float(re.findall(r'val loss ([\d.]+)', printed)[-1]), 'the same tokens'
     except InputError as e:
-        return theirs.evals[-1]['val_loss'], f'as the peer printed it: {e}'
+        return theirs.evals[-1]['val_loss'], f'as the peer printed it: {str(e).splitlines()[0]}'
 
 
 def _figures(theirs, ours, target, measured_on):
