@@ -30,6 +30,7 @@ peak_flops: float | None = None  # FLOP/s: MFU also against this peak
 paths = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
 configure(globals(), [arg for arg in sys.argv[1:] if arg.startswith('-')])
 
+
 def column_names(paths):
     """The last part of each path; where another run has that too, as many parts as tell the two apart."""
     parts = [os.path.abspath(os.path.dirname(p) if os.path.basename(p) == 'log.jsonl' else p).split(os.sep)

@@ -25,7 +25,7 @@ import optim
 import tokenizer
 from configurator import InputError, configure, describe, inherit
 from loader import Tokens, TrainBatches, eval_batches
-from model import GPT, GPTConfig
+from model import ARCHITECTURES, GPT, GPTConfig
 from runlog import RunLog
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ config, given = configure(globals())
 
 # a resumed run keeps the config it was saved with, but for what is given now and what belongs to the machine
 resuming = init_from == 'resume'
-PARTS = ('bias', 'smear', 'norm', 'positions', 'qk_norm', 'activation', 'tied', 'zero_init', 'embd_norm')
+PARTS = (*ARCHITECTURES['gpt2'], 'smear')
 ARCHITECTURE = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', *PARTS)
 if resuming:
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
@@ -222,8 +222,7 @@ if resuming and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']
 # model
 torch.manual_seed(seed)
 if resuming:
-    model_config.dropout = dropout
-    model = GPT(model_config)
+    model = GPT(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
     checkpoint.load_weights(model, resumed['model'], ckpt_path)
 elif init_from == 'scratch':
     vocab_size = meta['vocab_size']

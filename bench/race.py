@@ -1,8 +1,9 @@
 """
 Seconds of training to the val loss that a peer reaches at its end, here and there, on the same token files.
 
-Evaluation, start-up and the first step (which warms up and compiles) count on neither side. The peer's seconds are its
-median step time, of those it prints, times its steps. The target is the loss of its last checkpoint on the tokens that
+Evaluation and start-up count on neither side, and the first step, which warms up and compiles, counts as a median one.
+The peer's seconds are its median step time, of those it prints, times its steps; this trainer's are the sum of its
+steps. The target is the loss of its last checkpoint on the tokens that
 this trainer evaluates on; where that cannot be loaded here, the loss that the peer prints at its end.
 """
 
@@ -103,8 +104,8 @@ def _figures(theirs, ours, target, measured_on):
     peer = {'iterations': iterations, 'tokens': iterations * theirs.header['tokens_per_iter'],
             'seconds': iterations * theirs.get('time_ms') / 1000, 'val_loss_printed': last['val_loss']}
     reached = next((e for e in ours.evals if e['val_loss'] <= target and e['iter'] > 0), None)
-    here = reached and {'iterations': reached['iter'], 'tokens': reached['tokens'], 'seconds': reached['seconds'],
-                        'val_loss': reached['val_loss']}
+    here = reached and {'iterations': reached['iter'], 'tokens': reached['tokens'], 'val_loss': reached['val_loss'],
+                        'seconds': reached['seconds'] + ours.get('time_ms') / 1000}  # the log's are without the first
     speed = {who: run.header['tokens_per_iter'] / run.get('time_ms') * 1000 for who, run in
              (('peer', theirs), ('here', ours))}
     return {'target_val_loss': target, 'target_is': measured_on, 'peer': peer, 'here': here,

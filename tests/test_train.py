@@ -127,6 +127,8 @@ def test_resuming_another_architecture_is_refused(project):
         project.resume(arch='modern', max_iters=9)
     with pytest.raises(InputError, match='has qk_norm=False, but this run asks for True'):
         project.resume(qk_norm=True, max_iters=9)
+    with pytest.raises(InputError, match='dropout=1.5 must be in'):
+        project.resume(dropout=1.5, max_iters=9)
     with pytest.raises(InputError, match="optimizer's state does not fit"):
         project.resume(optimizer='muon', max_iters=9)
     with pytest.raises(InputError, match='nothing left to do'):
