@@ -5,6 +5,8 @@ Measure: one suite at a time, each a file in bench/. What is not a key of this s
   python bench.py --suite=sweep config/train_gpt2.py --dataset=shakespeare
   python bench.py --suite=ablation config/speedrun_cpu.py --dataset=shakespeare_char
   python bench.py --suite=speed --peer=../nanoGPT
+  python bench.py --suite=matmul --widths=768,1024,2048,4096
+  python bench.py --suite=formats config/speedrun_cpu.py --dataset=shakespeare_char
 
 race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
           nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds. It
@@ -12,6 +14,8 @@ race      how long this trainer takes to the val loss that another reaches at it
 sweep     the same step in micro-batches of 1, 2, 4, ... sequences: time, tokens per second, MFU, memory; the best flags
 ablation  a config, and the same without one of its parts: val loss and time, over seeds
 speed     this trainer and another on the same token files: ms per iteration, tokens per second of training and sampling
+matmul    a Linear by each recipe of train.py's key `matmul`, at several widths: time, errors, memory kept for backward
+formats   a config by each recipe and number format: val loss, time and memory, over seeds
 """
 
 import importlib
@@ -24,7 +28,7 @@ import hardware
 from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation or speed
+suite = ''  # race, sweep, ablation, speed, matmul or formats
 runs = 3  # of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the figures as JSON, and a picture beside it where the suite draws one; '': results/<suite>.json
 # race and speed
@@ -35,17 +39,22 @@ peer_args = 'config/train_shakespeare_char.py --device=cpu --compile=False --eva
 --lr_decay_iters=2000 --dropout=0.0'  # what the peer's train.py is called with: nanoGPT's README command for a CPU
 # sweep
 steps = 5  # training steps of each micro-batch
+# matmul and formats
+recipes = ''  # these rows alone, separated by commas, or all of a recipe's; '': all
+# matmul
+widths = '768,1024,2048,4096'  # of a square Linear; the largest take longest
+tokens = 2048  # rows of its input
 # ----------------------------------------------------------------------------------------------------------------------
 for_train = []
 config, given = configure(globals(), pass_on=for_train)
 
 folder = os.path.dirname(os.path.abspath(__file__))
 if not suite or not os.path.exists(os.path.join(folder, 'bench', f'{suite}.py')):
-    raise InputError(f'suite={suite!r}: use race, sweep, ablation or speed')
+    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul or formats')
 dest = dest or os.path.join('results', f'{suite}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')
-for key in ('runs', 'steps'):
+for key in ('runs', 'steps', 'tokens'):
     if config[key] < 1:
         raise InputError(f'{key}={config[key]} must be at least 1')
 command = shlex.join(['python', 'bench.py', *(f'--{key}={config[key]}' for key in given), *for_train])

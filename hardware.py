@@ -77,19 +77,24 @@ def versions():
     return {'device': device_name(device), 'torch': torch.__version__, 'python': platform.python_version()}
 
 
-def prepare(device, tf32=True):
+def prepare(device, tf32=True, reduced_precision=True, fp16_accumulation=False):
     """
     Process-wide settings, to be made before anything is computed.
 
-    On a GPU: TF32 for float32 matmuls if `tf32`. On a CPU: float32 matmuls by MKL or by oneDNN, whichever is faster
-    here (on AMD oneDNN, twice; on Intel MKL, by a tenth), and freed memory stays with the process: glibc otherwise
-    returns every large activation to the system and takes it back page by page in the next step (16 % of a step at
-    width 384).
+    On a GPU: TF32 for float32 matmuls if `tf32`; partial sums of 16-bit matmuls in 16 bits where a kernel adds several
+    if `reduced_precision`, and all sums of float16's if `fp16_accumulation`. On a CPU: float32 matmuls by MKL or by
+    oneDNN, whichever is faster here (on AMD oneDNN, twice; on Intel MKL, by a tenth), and freed memory stays with the
+    process: glibc otherwise returns every large activation to the system and takes it back page by page in the next
+    step (16 % of a step at width 384).
     """
     if device.type == 'cuda':
         if device.index is not None:
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
+        matmuls = torch.backends.cuda.matmul
+        matmuls.allow_fp16_reduced_precision_reduction = reduced_precision
+        matmuls.allow_bf16_reduced_precision_reduction = reduced_precision
+        matmuls.allow_fp16_accumulation = fp16_accumulation
     if device.type == 'cpu':
         if sys.platform == 'linux':
             with contextlib.suppress(OSError, AttributeError):
@@ -100,7 +105,7 @@ def prepare(device, tf32=True):
         seconds = {}
         for precision in ('highest', 'medium'):  # MKL, oneDNN
             torch.set_float32_matmul_precision(precision)
-            seconds[precision] = _seconds(lambda: a @ a, device, budget=0.03)
+            seconds[precision] = shortest_seconds(lambda: a @ a, device, budget=0.03)
         # 'medium' is set now; on CPUs with AMX oneDNN then computes in bfloat16, which the product shows
         exact = a.double() @ a.double()
         inexact = (a @ a - exact).abs().max() > 1e-5 * exact.abs().max()
@@ -283,7 +288,7 @@ def _cpu():
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
 
 
-def _seconds(run, device, budget=0.3):
+def shortest_seconds(run, device, budget=0.3):
     """The shortest of as many runs as `budget` seconds hold: what the device can do, whatever else it is doing."""
     run()
     seconds, end = [], time.perf_counter() + budget
@@ -303,7 +308,7 @@ def _linear_seconds(dtype, rows, n_in, n_out):
     def run():
         y = F.linear(x.to(dtype), w.to(dtype))  # the casts are part of the price
         y.backward(y.detach())
-    return _seconds(run, torch.device('cpu'))
+    return shortest_seconds(run, torch.device('cpu'))
 
 
 def _random_matrix(n, device, dtype):
@@ -315,7 +320,7 @@ def _random_matrix(n, device, dtype):
 def _matmul_flops(device, dtype):
     n = {'cuda': 8192, 'cpu': 1024}.get(device.type, 4096)
     a = _random_matrix(n, device, dtype)
-    rate = 2 * n ** 3 / _seconds(lambda: a @ a, device)
+    rate = 2 * n ** 3 / shortest_seconds(lambda: a @ a, device)
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)  # the run's peak is not this one
     return rate

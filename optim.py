@@ -10,6 +10,8 @@ from collections import defaultdict
 import torch
 from torch.optim.adamw import adamw as adamw_update
 
+from formats import to_bfloat16_stochastically
+
 # Polar Express (https://arxiv.org/abs/2505.16932): x -> a x + b x^3 + c x^5, with the (a, b, c) of the first, the
 # second, ... iteration, brings singular values between 0.001 and 1 as close to 1 as so many iterations can.
 POLAR_EXPRESS = [
@@ -26,7 +28,8 @@ EARLY_MOMENTUM = 0.85  # Muon's, in the first step
 def adamw(model, learning_rate, weight_decay, betas):
     """AdamW, one fused kernel per step where the device has it. Matrices and embeddings decay, vectors do not."""
     trained = [p for p in model.parameters() if p.requires_grad]  # in the order of nanoGPT's checkpoints
-    return torch.optim.AdamW([
+    cls = torch.optim.AdamW if all(p.dtype == torch.float32 for p in trained) else RoundingAdamW
+    return cls([
         {'params': [p for p in trained if p.dim() >= 2], 'peak_lr': learning_rate, 'weight_decay': weight_decay},
         {'params': [p for p in trained if p.dim() < 2], 'peak_lr': learning_rate, 'weight_decay': 0.0},
     ], betas=betas, fused=_fused(model))
@@ -61,6 +64,36 @@ def _fused(model):
     return next(model.parameters()).device.type in ('cuda', 'cpu')
 
 
+class RoundingAdamW(torch.optim.AdamW):
+    """AdamW for weights in bfloat16: float32 moments, and updates that are rounded stochastically."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            _adamw_step(group, self.state)
+
+
+def _adamw_step(group, state):
+    params = [p for p in group['params'] if p.grad is not None]
+    for p in params:
+        if not state[p]:
+            state[p] |= {'step': torch.zeros((), device=p.device if group['fused'] else 'cpu'),
+                         'exp_avg': torch.zeros_like(p, dtype=torch.float32),
+                         'exp_avg_sq': torch.zeros_like(p, dtype=torch.float32)}
+    # a bfloat16 parameter by itself, for its float32 copy is not to exist beside those of others
+    batches = [[p for p in params if p.dtype == torch.float32], *([p] for p in params if p.dtype != torch.float32)]
+    beta1, beta2 = group['betas']
+    for batch in filter(None, batches):
+        weights, grads = [p.float() for p in batch], [p.grad.float() for p in batch]  # float32's own are not copied
+        of_state = {key: [state[p][key] for p in batch] for key in ('exp_avg', 'exp_avg_sq', 'step')}
+        adamw_update(weights, grads, of_state['exp_avg'], of_state['exp_avg_sq'], [], of_state['step'],
+                     fused=group['fused'], lr=group['lr'], beta1=beta1, beta2=beta2,
+                     weight_decay=group['weight_decay'], eps=group['eps'], amsgrad=False, maximize=False)
+        for p, weight in zip(batch, weights, strict=True):
+            if p.dtype != torch.float32:
+                p.copy_(to_bfloat16_stochastically(weight))
+
+
 class Muon(torch.optim.Optimizer):
     """
     Momentum, orthogonalised before it is applied (https://kellerjordan.github.io/posts/muon), for matrices; groups
@@ -78,26 +111,33 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            (self._muon if 'parts' in group else self._adamw)(group)
+            if 'parts' in group:
+                self._muon(group)
+            else:
+                _adamw_step(group, self.state)
 
     def _muon(self, group):
         batches = defaultdict(list)  # shape -> (weight, update, learning rate) of its matrices, none of them tall
+        decay = 1 - group['lr'] * group['weight_decay']
         for p, parts in zip(group['params'], group['parts'], strict=True):
             if p.grad is None:
                 continue
             if not self.state[p]:
-                self.state[p]['momentum'] = torch.zeros_like(p)
-            velocity = self.state[p]['momentum'].lerp_(p.grad, 1 - group['momentum'])
-            update = p.grad.lerp(velocity, group['momentum'])  # Nesterov's
+                self.state[p]['momentum'] = torch.zeros_like(p, dtype=torch.float32)
+            grad = p.grad.float()
+            velocity = self.state[p]['momentum'].lerp_(grad, 1 - group['momentum'])
+            update = grad.lerp(velocity, group['momentum'])  # Nesterov's
             lr = group['lr'] * max(1, p.size(0) / parts / p.size(1)) ** 0.5
-            p.mul_(1 - group['lr'] * group['weight_decay'])
             for matrices in zip(p.chunk(parts), update.chunk(parts), strict=True):
                 weight, update = (m.mT if m.size(0) > m.size(1) else m for m in matrices)
                 batches[weight.shape].append((weight, update, lr))
         for batch in batches.values():
             updates = orthogonalize(torch.stack([update for _, update, _ in batch]), self.iterations, self.dtype)
             for (weight, _, lr), update in zip(batch, updates, strict=True):
-                weight.sub_(update, alpha=lr)
+                if weight.dtype == torch.float32:
+                    weight.mul_(decay).sub_(update, alpha=lr)
+                else:
+                    weight.copy_(to_bfloat16_stochastically(weight.float().mul_(decay).sub_(update, alpha=lr)))
 
     def flops(self):
         """FLOPs of a step's orthogonalisations."""
@@ -110,18 +150,6 @@ class Muon(torch.optim.Optimizer):
                 else:
                     total += parts * n * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
         return total
-
-    def _adamw(self, group):
-        params = [p for p in group['params'] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p] |= {'step': torch.zeros((), device=p.device if group['fused'] else 'cpu'),
-                                  'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
-        of_state = {key: [self.state[p][key] for p in params] for key in ('exp_avg', 'exp_avg_sq', 'step')}
-        beta1, beta2 = group['betas']
-        adamw_update(params, [p.grad for p in params], of_state['exp_avg'], of_state['exp_avg_sq'], [],
-                     of_state['step'], fused=group['fused'], lr=group['lr'], beta1=beta1, beta2=beta2,
-                     weight_decay=group['weight_decay'], eps=group['eps'], amsgrad=False, maximize=False)
 
 
 def orthogonalize(G, iterations, dtype):
@@ -161,6 +189,44 @@ def load_state(optimizer, state):
     if sizes[0] != sizes[1]:
         raise ValueError(f'groups of {sizes[1]} parameters, here they are {sizes[0]}')
     optimizer.load_state_dict({'state': state['state'], 'param_groups': current})
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    for i, p in enumerate(params):  # torch has rounded the state of bfloat16 parameters
+        if p.dtype != torch.float32 and i in state['state']:
+            optimizer.state[p] = {key: value.to(p.device) for key, value in state['state'][i].items()}
+
+
+class Pruning:
+    """
+    Magnitude pruning on a schedule (https://arxiv.org/abs/1710.01878): from step `start` to step `end` the share of
+    zeros in each matrix rises to `share`, as 1 - (1 - t)^3. In every tenth step, and in step `end`, the smallest
+    weights are chosen anew, and what has been chosen stays zero until then.
+    """
+    interval = 10
+
+    def __init__(self, matrices, share, start, end, next_step=0):
+        self.matrices, self.share, self.start, self.end = matrices, share, start, end
+        # of a resumed run what had been chosen is zero
+        self.masks = [w != 0 for w in matrices] if self.share_at(next_step - 1) else None
+
+    def share_at(self, step):
+        t = min(1.0, max(0.0, (step - self.start) / max(1, self.end - self.start)))
+        return self.share * (1 - (1 - t) ** 3)
+
+    @torch.no_grad()
+    def step(self, step):
+        """To be called after the optimizer's step `step`."""
+        share = self.share_at(step)
+        if share and (step % self.interval == 0 or step == math.ceil(self.end)):
+            self.masks = [self._largest(w.abs(), share) for w in self.matrices]
+        if self.masks:
+            for w, mask in zip(self.matrices, self.masks, strict=True):
+                w.mul_(mask)
+
+    @staticmethod
+    def _largest(size, share):
+        mask = torch.ones_like(size, dtype=torch.bool)
+        mask.view(-1)[size.flatten().topk(round(share * size.numel()), largest=False, sorted=False).indices] = False
+        return mask
 
 
 def set_rates(optimizer, step, factor):

@@ -16,6 +16,7 @@ import checkpoint
 import hardware
 import tokenizer
 from configurator import InputError, configure
+from matmul import RECIPES, convert, pack_ternary
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,14 +51,14 @@ device = hardware.find_device(device)
 hardware.prepare(device)
 
 # model and tokenizer
-described = None
+described, recipe = None, ''
 if init_from == 'resume':
     path = os.path.join(out_dir, 'best.pt')
     path = path if os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
     saved = checkpoint.load(path)
     model = GPT(GPTConfig.from_saved(saved['model_args'], dropout=0.0))
     checkpoint.load_weights(model, saved['model'], path)
-    described = saved.get('tokenizer')
+    described, recipe = saved.get('tokenizer'), saved.get('matmul', '')
     if described is None:  # nanoGPT's checkpoints name only the dataset
         dataset = dataset or saved.get('config', {}).get('dataset', '')
 else:
@@ -78,6 +79,11 @@ model.config.n_ids = min(model.config.n_ids, text.vocab_size)
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
 model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size))
+if recipe in RECIPES and RECIPES[recipe].latent:
+    convert(model, recipe, dtype, model.config.block_size, saved['config']['matmul_keep_last'])
+    if recipe == 'ternary':
+        packed, before = pack_ternary(model)
+        print(f'ternary weights: {packed / 1e6:.1f} MB, {before / 1e6:.1f} MB in bfloat16', file=sys.stderr)
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
 

@@ -25,6 +25,7 @@ import optim
 import tokenizer
 from configurator import InputError, configure, describe, inherit
 from loader import Tokens, TrainBatches, eval_batches
+from matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
 from model import ARCHITECTURES, GPT, GPTConfig
 from runlog import RunLog
 
@@ -81,6 +82,9 @@ weight_decay = 1e-1  # of matrices
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: any
+prune = 0.0  # share of zeros in each matrix of the blocks at the end: the smallest weights, more and more of them
+prune_start = 0.2  # of max_iters: until here none
+prune_end = 0.7  # of max_iters: from here on all
 # with optimizer='muon'
 muon_lr = 0.02  # the highest of Muon
 muon_momentum = 0.95
@@ -95,10 +99,26 @@ decay_lr = True  # False: constant throughout
 warmup_iters = 2000  # steps of linear warm-up
 lr_decay_iters: int | None = None  # steps until min_lr; None: max_iters
 min_lr: float | None = None  # None: learning_rate / 10, with wsd 0; other rates fall in proportion
+# matmuls of the blocks' Linears: forward, dgrad (of the input) and wgrad (of the weights)
+matmul = ''  # '': in dtype. Otherwise a recipe: fp8, fp8_row, fp8_block, mxfp8, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4,
+# ... fp4_dge, int8, ternary, sparse24, block_dropout or strassen; native where the hardware has it, else emulated
+matmul_gemms = 'fwd,dgrad,wgrad'  # which of the three follow the recipe; the others are in dtype
+matmul_keep_last: int | None = None  # how many of the last blocks stay in dtype; None: with nvfp4 15 %, else 0
+matmul_until: float | None = None  # of max_iters: from here on in dtype; None: with sparse24 0.7, else 1
+block_dropout = 0.1  # with matmul='block_dropout': share of the blocks of a Linear's input that is dropped
+block_dropout_size = 128  # tokens, and dimensions, of such a block
+strassen_levels = 1  # with matmul='strassen': each saves 1/8 of the products, at two to five times the error
+weights_dtype = 'float32'  # of matrices and tables; 'bfloat16' is half the memory, also of gradients, which are then
+# ... summed over micro-batches in bfloat16; updates are rounded stochastically, so that small ones count
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # of matmuls: 'float32', 'bfloat16' or 'float16' (with loss scaling)
 tf32 = True  # on a GPU, float32 matmuls may round their inputs to TF32
+reduced_precision_reduction = True  # on a GPU, 16-bit matmuls in several parts may add them in 16 bits (torch's
+# ... default): a little faster, and errors grow with the width
+allow_fp16_accumulation = False  # on a GPU, float16 matmuls add up in float16: fast on GeForce cards, but sums of
+# ... thousands lose digits, and beyond 65504 they overflow
+fp8_fast_accum = True  # on Hopper, fp8's forward matmuls add up in about 14 bits; the backward's never do
 attn_backend = 'auto'  # 'sdpa' (torch's fused kernels) or 'math' (matmul, softmax, matmul)
 compile: bool | str = 'auto'  # torch.compile; 'auto': on a GPU where it works
 peak_flops: float | None = None  # FLOP/s that MFU is measured against; None: the datasheet's, or measured
@@ -133,17 +153,22 @@ for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batc
                    'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'train_minutes': 0,
                    'learning_rate': 0, 'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0,
                    'momentum_warmup': 0, 'muon_iterations': 1, 'weight_decay': 0, 'beta1': 0, 'beta2': 0,
-                   'grad_clip': 0, 'warmup_iters': 0, 'decay_part': 0, 'seed': 0}.items():
+                   'grad_clip': 0, 'warmup_iters': 0, 'decay_part': 0, 'matmul_until': 0, 'prune': 0,
+                   'prune_start': 0, 'seed': 0}.items():
     if config[key] is not None and config[key] < least:
         raise InputError(f'{key}={config[key]} must be at least {least}')
-for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd')}.items():
+for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd'),
+                   'weights_dtype': ('float32', 'bfloat16')}.items():
     if config[key] not in known:
         raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(known)}')
 if muon_iterations > len(optim.POLAR_EXPRESS):
     raise InputError(f'muon_iterations={muon_iterations} must be at most {len(optim.POLAR_EXPRESS)}')
-if decay_part > 1:
-    raise InputError(f'decay_part={decay_part} must be at most 1')
-for key, below in {'beta1': 1, 'beta2': 1, 'muon_momentum': 1, 'seed': 2 ** 31}.items():
+for key in ('decay_part', 'matmul_until', 'prune_end'):
+    if config[key] is not None and config[key] > 1:
+        raise InputError(f'{key}={config[key]} must be at most 1')
+if prune_start > prune_end:
+    raise InputError(f'prune_start={prune_start} must not be above prune_end={prune_end}')
+for key, below in {'beta1': 1, 'beta2': 1, 'muon_momentum': 1, 'prune': 1, 'seed': 2 ** 31}.items():
     if config[key] >= below:
         raise InputError(f'{key}={config[key]} must be below {below}')
 if peak_flops is not None and peak_flops <= 0:
@@ -183,7 +208,7 @@ if min_lr is None:
 
 # machine
 started = time.perf_counter()
-hardware.prepare(device, tf32)
+hardware.prepare(device, tf32, reduced_precision_reduction, allow_fp16_accumulation)
 if dtype == 'auto' and resuming and resumed.get('dtype', {}).get(device.type):
     dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
 dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, n_embd, 4 * n_embd))
@@ -198,6 +223,8 @@ if ddp:
     agreed = [dtype, dtype_reason, compile, compile_reason]  # 'auto' tries things out: the first process decides
     dist.broadcast_object_list(agreed)
     dtype, dtype_reason, compile, compile_reason = agreed
+if weights_dtype != 'float32' and dtype != weights_dtype:
+    raise InputError(f'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
 attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
 if master and not eval_only:
     checkpoint.check_writable(out_dir)
@@ -244,7 +271,21 @@ else:
         raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions: lower it')
     model.crop_block_size(block_size)
 model.use_attention(attn_backend)
+if weights_dtype == 'bfloat16':
+    hold_in_bfloat16(model)
 model.to(device)
+matmul_how, matmul_now = f'in {dtype}', matmul
+if matmul_until is None:
+    matmul_until = RECIPES[matmul].until if matmul in RECIPES else 1.0
+if matmul:
+    options = {'gemms': matmul_gemms, 'rate': block_dropout, 'block': block_dropout_size, 'levels': strassen_levels,
+               'fast_accum': fp8_fast_accum}
+    matmul_how = convert(model, matmul, dtype, tokens_per_micro_batch, matmul_keep_last, **options)
+    if master:  # "low precision" is faster on some machines and slower on others: say which this one is
+        gain = relative_time(matmul, device, dtype, tokens_per_micro_batch, n_embd, 4 * n_embd, compile, **options)
+        matmul_how += f'; a Linear takes {gain:.2f} of the time in {dtype}, forward and backward'
+    if matmul_until < 1:
+        matmul_how += f'; in {dtype} from {matmul_until:.0%} of the run on'
 if model.config.vocab_size < meta['vocab_size'] and meta is not tokenizer.ASSUMED_META:
     raise InputError(f'{data_dir} has {meta["vocab_size"]} ids, the model only {model.config.vocab_size}')
 config |= {key: getattr(model.config, key) for key in ARCHITECTURE}
@@ -280,6 +321,8 @@ if resuming:
     if resumed.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(resumed['scaler'])
     del resumed  # its memory
+pruning = optim.Pruning([layer.weight for layer in layers(model)], prune, prune_start * (max_iters - 1),
+                        prune_end * (max_iters - 1), iter_num)
 
 raw_model = model
 eval_loss = raw_model.loss
@@ -295,7 +338,8 @@ flops_per_token = raw_model.flops_per_token(block_size)
 peak, peak_source = hardware.peak_flops(device, dtype, peak_flops, tf32)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 resolved = config | {key: globals()[key] for key in (
-    'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'dtype', 'attn_backend', 'compile', 'backend')}
+    'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'matmul_until', 'dtype', 'attn_backend', 'compile',
+    'backend')}
 muon_adds = ''
 if isinstance(optimizer, optim.Muon):
     share = optimizer.flops() / (flops_per_token * tokens_per_iter / world_size)
@@ -304,6 +348,7 @@ if master:
     print(f'{describe(resolved, given)}\n'
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
           f'{attn_backend}; {"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
+          f'matmuls of the blocks: {matmul_how}\n'
           f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
           f'data: {data_dir}, {train_tokens.n_tokens:,} + {val_tokens.n_tokens:,} tokens, vocabulary {n_ids}\n'
           f'model: {init_from}, {raw_model.n_params():,} parameters, {n_trained:,} trained; '
@@ -346,7 +391,7 @@ def save(best):
         'model_args': raw_model.config.to_save(), 'config': config, 'tokenizer': meta['tokenizer'],
         'dtype': {device.type: dtype}, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
         'last_eval': last_eval, 'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,
-        'wandb_id': wandb_id}, best)
+        'wandb_id': wandb_id, 'matmul': matmul_now}, best)
 
 
 def check_finite(val_loss=0.0):
@@ -409,6 +454,10 @@ while True:
     lr = learning_rate * lr_factor
     optim.set_rates(optimizer, iter_num, lr_factor)
 
+    if matmul_until < 1 and at >= matmul_until * max_iters:
+        restore(raw_model)
+        matmul_now = ''
+
     # evaluate and save
     if any_process(interrupted):
         if master and not eval_only and iter_num > first_iter:
@@ -455,8 +504,11 @@ while True:
         if grad_clip:
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+        if weights_dtype != 'float32':  # stochastic rounding, the same in every process
+            hardware.seed(device, (seed << 32) + 2 ** 31 + iter_num)
         scaler.step(optimizer)
         scaler.update()
+        pruning.step(iter_num)
         optimizer.zero_grad(set_to_none=True)
     finite = step_loss.isfinite()
     if grad_clip and not scaler.is_enabled():  # a scaler skips steps whose gradients are not finite

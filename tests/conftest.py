@@ -79,6 +79,14 @@ def write_tokens(folder, train, val, vocab_size=256, **meta):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """torch compiles a function for so many models, and then no more: each test has all of them."""
+    yield
+    if 'torch._dynamo' in sys.modules:
+        sys.modules['torch._dynamo'].reset()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """An empty folder with data/tiny, text-like bytes in which the next one can be learnt."""

@@ -1,13 +1,18 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, TINY, options
 
 import bench.ablation
+import bench.formats
+import bench.matmul
 import bench.sweep
+import hardware
+import matmul
 import runlog
 from bench import process
-from configurator import InputError
+from configurator import InputError, resolve
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
 
@@ -130,13 +135,117 @@ def test_every_replacement_is_of_keys_that_train_has():
     assert all(f'\n{key} = ' in source or f'\n{key}: ' in source for key in keys)
 
 
+def test_matmul_of_every_recipe_at_every_width(project, run_bench):
+    measured, out = run_bench('--suite=matmul', '--widths=128,64', '--tokens=32', '--device=cpu',
+                              '--recipes=int8,ternary,strassen,mxfp8', '--dtype=bfloat16')
+    figures = measured['figures']
+    assert list(figures['rows']) == ['float32', 'bfloat16', 'mxfp8', 'int8', 'ternary', 'strassen 1', 'strassen 2']
+    for name, rows in figures['rows'].items():
+        assert [row['width'] for row in rows] == [64, 128] and name in out
+        for row in rows:
+            for base in ('float32', 'bfloat16'):
+                beside = next(other for other in figures['rows'][base] if other['width'] == row['width'])
+                assert row[f'ratio_to_{base}'] == pytest.approx(row['ms'] / beside['ms'])
+            assert row['saved_ratio'] == row['saved_bytes_per_token'] / \
+                next(other['saved_bytes_per_token'] for other in figures['rows']['bfloat16']
+                     if other['width'] == row['width'])
+    last = {name: rows[-1] for name, rows in figures['rows'].items()}
+    assert last['int8']['path'] == 'native' and last['mxfp8']['path'] == 'emulated'
+    for part in ('y', 'dx', 'dw'):
+        error = {name: row[f'error_{part}'] for name, row in last.items()}
+        assert error['float32'] < 1e-6 and 1e-3 < error['bfloat16'] < 5e-3
+        assert error['bfloat16'] < error['strassen 1'] < error['strassen 2'] < 0.05
+        assert error['bfloat16'] < error['int8'] < 0.04
+    assert last['int8']['error_dx'] == pytest.approx(0.01, rel=0.3)  # without outliers 1 / 127 of three deviations
+    assert last['ternary']['error_y'] == pytest.approx(0.51, abs=0.03)  # of Gaussian weights in three values
+    # x in 32, 16 and 8 bits, and what is made of w, (128, 128), with 32 tokens
+    assert last['float32']['saved_bytes_per_token'] == 4 * 128
+    assert last['bfloat16']['saved_bytes_per_token'] == 2 * 128 + 2 * 128 * 128 / 32
+    assert last['int8']['saved_bytes_per_token'] == 128 + 4 + (128 + 4) * 128 / 32
+    assert set(figures['faster_from_width']) == set(last) - {'float32', 'bfloat16'}
+    assert (project.folder / 'figures.png').exists()
+
+    accumulators = figures['accumulators']
+    assert accumulators['float32'] < 1e-5 and accumulators['bfloat16'] > 0.7  # which stops growing at 256
+    one, three, six = (accumulators[f'float32 out of {n}'] for n in
+                       ('1 bfloat16 product', '3 bfloat16 products', '6 bfloat16 products'))
+    assert 1e-5 < one < 1e-3 and six <= three < 1e-6
+    for errors in figures['strassen_errors'].values():
+        assert all(1.5 < b / a < 6 for a, b in zip(errors, errors[1:], strict=False))  # with every level
+    inference = figures['ternary_inference']
+    assert inference['width'] == 128
+    assert [row['bytes'] / 128 ** 2 for row in inference['rows'].values()] == [4, 2, 1, 0.25, 0.25]
+    assert inference['rows']['ternary in 2 bits']['ms'].keys() == {'1', '64'}
+    assert inference['rows']['ternary in bit planes']['ms'].keys() == {'1'}
+
+
+def test_matmul_leaves_out_what_takes_too_long(run_bench, monkeypatch):
+    monkeypatch.setattr(bench.matmul, 'TOO_LONG', 0)
+    measured, out = run_bench('--suite=matmul', '--widths=16,32', '--tokens=16', '--recipes=mxfp4,int8', '--device=cpu')
+    first, second = measured['figures']['rows']['mxfp4']
+    assert first['ms'] > 0 and 'not measured' in second['skipped'] and second['skipped'] in out
+    assert 'skipped' not in measured['figures']['rows']['int8'][1]
+    assert measured['figures']['faster_from_width']['mxfp4'] is None
+
+
+@pytest.mark.parametrize('ratios, width', [
+    ((2, 0.9, 0.8), 200), ((0.9, 1.1, 0.8), 300), ((0.5, 0.5, 1.0), None), ((0.5, 0.5, None), None), ((0.9, 0.5), 100)])
+def test_crossover_is_where_a_recipe_stays_faster(ratios, width):
+    rows = [{'width': 100 * (i + 1)} | ({'skipped': ''} if ratio is None else {'ratio_to_bfloat16': ratio})
+            for i, ratio in enumerate(ratios)]
+    assert bench.matmul.crossover(rows) == width
+
+
+def test_formats_are_over_the_same_seeds_and_go_on_after_a_failure(project, run_bench, monkeypatch):
+    train, calls = process.own, []
+
+    def fails_with_fp8(script, args):
+        calls.append(args)
+        if '--matmul=fp8' in args:
+            raise InputError('loss is nan\n  in: train.py')
+        return train(script, args)
+    monkeypatch.setattr(process, 'own', fails_with_fp8)
+    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, which every run measures
+    measured, out = run_bench('--suite=formats', '--runs=2', '--recipes=fp8,mxfp4,mxfp4 backward only', *TRAIN)
+    rows = measured['figures']
+    assert list(rows) == ['float32', 'fp8', 'mxfp4', 'mxfp4 backward only']
+    assert rows['fp8'] == {'failed': 'loss is nan'} and 'failed: loss is nan' in out
+    assert len([args for args in calls if '--matmul=fp8' in args]) == 1  # not again with the other seed
+    expected = []
+    for seed in (1, 2):
+        project.train(seed=seed, matmul='mxfp4')
+        expected.append(runlog.read_run('out', '').evals[-1]['val_loss'])
+    row, base = rows['mxfp4'], rows['float32']
+    assert row['val_loss'] == expected and row['mean'] == pytest.approx(sum(expected) / 2)
+    assert row['spread'] == pytest.approx(abs(expected[0] - expected[1]) / 2 ** 0.5)
+    assert row['difference'] == pytest.approx(row['mean'] - base['mean']) and base['difference'] == 0
+    assert row['speed_ratio'] == pytest.approx(row['tokens_per_s'] / base['tokens_per_s']) and row['memory_gb'] > 0
+    assert (base['path'], row['path']) == ('in float32', 'emulated')
+    assert rows['mxfp4 backward only']['path'] == 'fwd in dtype, dgrad emulated, wgrad emulated'
+    assert f'{row["difference"]:+.4f}' in out and (project.folder / 'figures.png').exists()
+
+
+def test_every_recipe_has_its_rows_of_keys_that_train_has():
+    train, _ = resolve(f'{ROOT}/train.py', [])
+    linears, formats = bench.matmul._rows(['float32'], train), bench.formats._rows(torch.device('cpu'))
+    for rows in (linears, formats):
+        assert {row['matmul'] for row in rows.values() if 'matmul' in row} == set(matmul.NAMES)
+    for changes in formats.values():
+        resolve(f'{ROOT}/train.py', options(changes))
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--suite=rase'], "suite='rase': use"), (['--suite=race'], "peer='': give the folder"),
     (['--suite=race', f'--peer={ROOT}'], 'no config for this trainer'),
     (['--suite=race', f'--peer={ROOT}', '--dataset=nothere'], "dataset='nothere'"),
     (['--suite=sweep', '--steps=0'], 'steps=0'), (['--suite=sweep', '--n_layers=3', *TRAIN], "did you mean 'n_layer'"),
     (['--suite=speed', f'--peer={ROOT}', 'config/x.py'], 'takes no config'),
-    (['--suite=speed', '--dest=nothere/x.json'], 'no such folder')])
+    (['--suite=speed', '--dest=nothere/x.json'], 'no such folder'),
+    (['--suite=matmul', '--tokens=0'], 'tokens=0'), (['--suite=matmul', '--widths=0'], "widths='0' must be"),
+    (['--suite=matmul', '--widths=64,wide'], "widths='64,wide' must be"),
+    (['--suite=matmul', '--recipes=fp8,int9'], "'int9' is not known: use int8"),
+    (['--suite=formats', '--recipes=float33', *TRAIN], "'float33' is not known: use float32"),
+    (['--suite=formats', '--dataset=nothere'], 'no data in data/nothere')])
 def test_bad_input(project, run_bench, argv, message):
     with pytest.raises(InputError, match=message):
         project._in_process('bench.py', ['--dest=figures.json', *argv])

@@ -174,6 +174,45 @@ def test_muon_takes_the_blocks_matrices_and_the_rest_is_adamws():
     assert len(vectors) == len(names) - 6 and all(n.endswith('bias') or 'ln_' in n for n in vectors)
 
 
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_small_updates_of_bfloat16_weights_count_in_the_mean(kind):
+    """Half of one last digit: rounded to the nearest it would be lost, every time."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=4, vocab_size=8))
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    weight.data = torch.ones_like(weight, dtype=torch.bfloat16)
+    optimizer = optim.adamw(model, 0.001, 0.0, (0.9, 0.95)) if kind == 'adamw' else \
+        optim.muon(model, 0.001, 0.0, (0.9, 0.95), muon_lr=0.001)
+    optim.set_rates(optimizer, 0, 1.0)
+    moved = 0.0
+    for _ in range(40):
+        with torch.no_grad():
+            weight.fill_(1)
+        # of Muon, a rank-one gradient's update: 2 sqrt(1 / 256 / 64) = 1 / 64 everywhere
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved += (1 - weight.float()).mean().item() / 40
+    expected = 0.001 if kind == 'adamw' else 0.001 / 64
+    assert moved == pytest.approx(expected, rel=0.15) and set(weight.unique().tolist()) <= {1, 1 - 2 ** -8}
+    assert weight.dtype == torch.bfloat16
+
+
+def test_pruning_rises_to_its_share_and_holds():
+    w = torch.randn(40, 25)
+    pruning = optim.Pruning([w], 0.8, 20, 60)
+    shares = []
+    for step in range(80):
+        before = w.clone()
+        with torch.no_grad():
+            w.add_(torch.randn(40, 25), alpha=0.01)
+        pruning.step(step)
+        shares.append((w == 0).float().mean().item())
+        if step == 60:
+            assert before.abs()[w == 0].max() < before.abs()[w != 0].min() + 0.1  # the smallest, but for this step
+    assert shares[20] == 0 and shares[30] == pytest.approx(0.8 * (1 - 0.75 ** 3), abs=1e-3)
+    assert shares[30:40] == [shares[30]] * 10 and shares[60:] == [pytest.approx(0.8)] * 20
+
+
 def test_muons_flops():
     """5 iterations of three products: at 124M parameters under 1 % of a step of 0.5M tokens."""
     with torch.device('meta'):

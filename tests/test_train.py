@@ -14,6 +14,7 @@ from conftest import ROOT, TINY, options, write_tokens
 import checkpoint
 import hardware
 from configurator import InputError
+from matmul import NAMES, restore
 
 
 def log(folder, out='out'):
@@ -103,6 +104,60 @@ def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
         assert straight['batches'].epoch(4) > 1
     if overrides.get('dtype') == 'float16':
         assert checkpoint.load('halves/ckpt.pt')['scaler']['scale'] <= 2.0 ** 15
+
+
+@pytest.mark.parametrize('model', [dict(arch='gpt2'), dict(arch='modern', smear=True, optimizer='muon')],
+                         ids=['gpt2-adamw', 'modern-muon'])
+@pytest.mark.parametrize('name', NAMES)
+def test_every_matmul_trains_and_resumes(project, name, model, monkeypatch):
+    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, for the header
+    if name == 'fp8':  # the last part in float32: across a resume, and across the change itself
+        model = model | dict(matmul_until=0.75)
+    setup = model | dict(matmul=name, gradient_accumulation_steps=2, max_iters=8, block_dropout=0.05,
+                         block_dropout_size=16)
+    straight, out = project.train(out_dir='straight', **setup)
+    assert f'matmuls of the blocks: {name}' in out
+    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8, matmul_until=1.0))
+    halves, _ = project.resume(out_dir='halves', max_iters=8, matmul_until=straight['matmul_until'])
+    for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
+        assert torch.equal(a, b)
+    (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('straight', 'halves'))
+    assert steps == steps2 and val.items() <= val2.items()
+    project.train(out_dir='plain', **model | dict(gradient_accumulation_steps=2, max_iters=8))
+    plain = losses(project.folder, 'plain')[1]
+    assert val[8] < val[0] - 1 and abs(val[8] - plain[8]) < (0.15 if name == 'ternary' else 0.03)
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_bfloat16_weights_are_half_the_memory_and_resume(project, optimizer):
+    setup = dict(weights_dtype='bfloat16', dtype='bfloat16', optimizer=optimizer, prune=0.5, prune_start=0.0)
+    straight, _ = project.train(out_dir='straight', max_iters=9, prune_end=0.5, **setup)
+    project.train(out_dir='halves', max_iters=5, lr_decay_iters=9, prune_end=1.0, **setup)
+    halves, _ = project.resume(out_dir='halves', max_iters=9, prune_end=0.5, dtype='bfloat16')
+    for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
+        assert torch.equal(a, b)
+    saved = checkpoint.load('halves/ckpt.pt')
+    assert all(p.dtype == (torch.bfloat16 if p.dim() == 2 else torch.float32) for p in saved['model'].values())
+    moments = [t for state in saved['optimizer']['state'].values() for t in state.values()]
+    assert all(t.dtype == torch.float32 for t in moments)
+    project.train(out_dir='wide', max_iters=9, **setup | dict(weights_dtype='float32', prune=0.0))
+    assert abs(losses(project.folder, 'wide')[1][9] - losses(project.folder, 'straight')[1][9]) < 0.1
+    for name, p in saved['model'].items():  # of the blocks' matrices half is zero, since step 4
+        share = (p == 0).float().mean().item()
+        assert share == pytest.approx(0.5, abs=0.02) if '.h.' in name and p.dim() == 2 else share < 0.2, name
+
+
+@pytest.mark.parametrize('name', ['ternary', 'sparse24'])
+def test_samples_are_of_the_weights_that_were_trained(project, name):
+    ran, _ = project.train(matmul=name, matmul_until=1.0, max_iters=4)
+    model, prompt = ran['raw_model'].eval(), torch.tensor([[70, 77, 84]])
+    sampled, out = project._in_process('sample.py', options(dict(
+        out_dir='out', start='FMT', temperature=0, num_samples=1, max_new_tokens=20, device='cpu', dtype='float32')))
+    assert out.startswith(bytes(model.generate(prompt, 20, temperature=0)[0].tolist()).decode(errors='replace'))
+    expected = model(prompt)[0]
+    torch.testing.assert_close(sampled['model'](prompt)[0], expected)
+    restore(model)
+    assert (model(prompt)[0] - expected).abs().max() > 0.01
 
 
 def test_loss_scaling_starts_at_2_to_the_15(project, monkeypatch):
@@ -321,6 +376,14 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(wandb_log=True, wandb_project='a/b'), 'W&B does not start'),
     (dict(init_from='resume'), 'no checkpoint out/ckpt.pt'),
     (dict(init_from='gpt2'), "gpt2 needs tokens of GPT-2's tokenizer"),
+    (dict(matmul='fp7'), "matmul='fp7' is not known: use fp8"),
+    (dict(matmul='int8', matmul_gemms='all'), "matmul_gemms='all' must be some of fwd,dgrad,wgrad"),
+    (dict(matmul='sparse24', matmul_gemms='fwd'), 'belong together'),
+    (dict(matmul='int8', matmul_keep_last=2), 'matmul_keep_last=2: it must be from 0 to 1'),
+    (dict(matmul_until=1.5), 'matmul_until=1.5 must be at most 1'), (dict(prune=1), 'prune=1.0 must be below 1'),
+    (dict(prune_start=0.9), 'prune_start=0.9 must not be above prune_end=0.7'),
+    (dict(weights_dtype='float16'), "weights_dtype='float16' is not known"),
+    (dict(weights_dtype='bfloat16'), 'needs matmuls in it, but dtype is float32'),
     (dict(out_dir='data/tiny/val.bin/x'), 'cannot be written'),
 ])
 def test_bad_input_is_refused_and_nothing_overwritten(project, overrides, message):

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from test_matmul import apart, tensors, through
+
+import products
+from formats import E4M3, Encoded, Format
+from matmul import RECIPES, recipe_matmul
+from products import plain_product
+
+
+def test_integer_products_are_what_emulation_gives():
+    x, w, g = tensors(256, 256, 256)
+    native, emulated = (recipe_matmul(RECIPES['int8'], [product] * 3).apply
+                        for product in (products.int8_product, plain_product))
+    for mine, right in zip(through(native, x, w, g), through(emulated, x, w, g), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('shared', ['tensor', 'row'])
+def test_fp8_products_are_what_emulation_gives(shared):
+    """torch._scaled_mm, which a GPU computes by tensor cores, takes the same operands on a CPU."""
+    format = Format(E4M3, shared)
+    a, b = format.encode(torch.randn(32, 64)), format.encode(torch.randn(48, 64))
+    dtype = torch.float32 if shared == 'tensor' else torch.bfloat16  # rows have bfloat16 results on a GPU
+    emulated = plain_product(a, b, torch.float32, torch.float32)
+    try:
+        native = products.fp8_product(a, b, torch.float32, torch.float32)
+    except RuntimeError as e:
+        assert torch.__version__ < '2.12' and 'only supports per-tensor scaling for CPU' in str(e)
+        pytest.skip('torch 2.11 has no scales by row on a CPU')
+    torch.testing.assert_close(native, emulated.to(dtype).float(), rtol=2e-7 if shared == 'tensor' else 1e-2, atol=1e-5)
+
+
+def test_strassen_is_exact_on_integers():
+    for M, K, N in ((64, 64, 64), (33, 17, 50), (7, 129, 5)):
+        a, b = torch.randint(-9, 9, (M, K)).float(), torch.randint(-9, 9, (N, K)).float()
+        for levels in (1, 2, 3):
+            found = products.strassen_product(Encoded(a, None), Encoded(b, None), torch.float32, torch.float32, levels)
+            assert torch.equal(found, a @ b.T), (M, K, N, levels)
+
+
+def test_each_level_of_strassen_costs_accuracy_and_saves_products():
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    exact = a.double() @ b.double().T
+    errors = [apart(products._strassen(a, b, levels), exact) for levels in range(4)]
+    assert all(1.5 < after / before < 4 for before, after in zip(errors, errors[1:], strict=False))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        products._strassen(a, b, 2)
+    assert counter.get_total_flops() == 2 * 256 ** 3 * (7 / 8) ** 2
+
+
+def test_bit_planes_multiply_exactly():
+    x, w = torch.randint(-128, 128, (5, 200), dtype=torch.int8), torch.randint(-1, 2, (33, 200), dtype=torch.int8)
+    assert torch.equal(products.bitplane_matmul(x, products.bit_planes(w)), x.long() @ w.long().T)
+
+
+def test_a_short_accumulator_loses_digits_and_several_products_regain_them():
+    torch.manual_seed(0)
+    a, b = torch.rand(4, 4096), torch.rand(4, 4096)
+    exact = a.double() @ b.double().T
+    worst = {name: ((found.double() - exact) / exact).abs().max().item() for name, found in {
+        'fp16': products.accumulated(a, b, torch.float16), 'bf16': products.accumulated(a, b, torch.bfloat16),
+        'fp16 by 128': products.accumulated(a, b, torch.float16, 128),
+        'fp32': products.accumulated(a, b, torch.float32, 64),
+        'x1': products.split_bfloat16(a, b, 1), 'x3': products.split_bfloat16(a, b, 3),
+        'x6': products.split_bfloat16(a, b, 6)}.items()}
+    assert worst['bf16'] > 0.5 > worst['fp16'] > 0.01 > worst['fp16 by 128'] > 1e-4
+    assert worst['x1'] > 1e-5 > worst['x3'] and max(worst['x3'], worst['x6'], worst['fp32']) < 1e-6
+    spread = a * torch.exp2(torch.randint(-4, 5, a.shape))  # x6 is there for the last digits
+    x3, x6 = (apart(products.split_bfloat16(spread.double().float(), b, n).double(), spread.double() @ b.double().T)
+              for n in (3, 6))
+    assert x6 <= x3
