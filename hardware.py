@@ -146,6 +146,18 @@ def cpu_has_float16():
     return bool(_cpu().get('avx512_fp16') or _cpu().get('amx_fp16') or _cpu().get('architecture') == 'aarch64')
 
 
+def has_float8(device):
+    """Whether torch casts to its 8-bit floats there, also when it compiles."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 9) or torch.__version__ >= '2.13'
+    return device.type == 'cpu'
+
+
+def cpu_has_int8():
+    """Whether torch multiplies int8 by this CPU's own instructions; without them it is a plain loop."""
+    return bool(_cpu().get('avx512_vnni'))
+
+
 def autocast(device, dtype):
     """The context for forward passes: matmuls in `dtype` (a name), everything else as torch's autocast decides."""
     if dtype == 'float32':

@@ -23,11 +23,27 @@ import torch.nn.functional as F
 
 import hardware
 from configurator import InputError
-from formats import BYTE, E2M1, E2M3, E3M2, E4M3, E5M2, TRIT, BlockFormat, Encoded, Format, Int, Sparse24, pack
+from formats import (
+    BYTE,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    TRIT,
+    BlockFormat,
+    Encoded,
+    Float,
+    Format,
+    Int,
+    Sparse24,
+    pack,
+)
 from model import rms_norm
 from products import (
     by_masking,
     by_skipping,
+    cast,
     fp8_product,
     int8_product,
     int8_sums,
@@ -43,6 +59,9 @@ class Gemm:
     a: object = None
     b: object = None
     hadamard: int = 0  # K is turned by a random rotation, block by block of that size, which spreads outliers
+
+    def __post_init__(self):
+        assert getattr(self.a, 'shared', None) != 'column', 'a scale of a along K has nowhere to go; b may have one'
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ def dge(w, power=5.0, most=3.0):
     The differentiable gradient estimator of FP4 weights with a scale per row (https://arxiv.org/abs/2501.17116): the
     derivative of a power curve through the steps of the rounding, at most 3.
     """
+    w = w.float()
     u = w.abs() * (E2M1.max / w.abs().amax(-1, keepdim=True).clamp(min=1e-12))
     grid = E2M1.grid.to(w.device)
     above = torch.searchsorted(grid, u.contiguous(), right=True).clamp(max=len(grid) - 1)
@@ -134,6 +154,7 @@ def recipe_matmul(recipe, products):
     fwd, dgrad, wgrad = recipe.fwd, recipe.dgrad, recipe.wgrad
     keep_x = fwd.a is not None and fwd.a.kept and wgrad.b == fwd.a.mT and not (fwd.hadamard or wgrad.hadamard)
     keep_w = fwd.b is not None and fwd.b.kept and dgrad.b == fwd.b.mT and not (fwd.hadamard or dgrad.hadamard)
+    keep_x = keep_x and getattr(fwd.b, 'shared', None) != 'column'  # whose scale x would have to take over
     turns = max(rule.hadamard for rule in (fwd, dgrad, wgrad))
 
     class RecipeMatmul(torch.autograd.Function):
@@ -161,7 +182,7 @@ def recipe_matmul(recipe, products):
                     b = Encoded(x, x_scale).mT if keep_x else x.mT
                     dw = gemm(wgrad, products[2], g.mT, b, x_dtype, w_dtype, signs)
                     if recipe.estimator:
-                        dw = dw * recipe.estimator(weight)
+                        dw = cast(dw * recipe.estimator(weight), w_dtype)
             return dx, dw
 
     return RecipeMatmul
@@ -195,8 +216,8 @@ def encode(format, x, times=None):
 def rotate(t, signs):
     """t, (rows, K), of which every len(signs) elements along K are turned by the orthogonal matrix diag(signs) H."""
     size = len(signs)
-    turn = signs * HADAMARD[:size, :size].to(t.device) / size ** 0.5
-    return (F.pad(t.float(), (0, -t.size(1) % size)).unflatten(1, (-1, size)) @ turn).flatten(1)
+    turn = signs * HADAMARD[:size, :size].to(t.device)  # of ones, which TF32 does not round
+    return (F.pad(t.float(), (0, -t.size(1) % size)).unflatten(1, (-1, size)) @ turn).flatten(1) / size ** 0.5
 
 
 def _hadamard(size):
@@ -288,6 +309,10 @@ def find(name, device, dtype, dims, tokens, gemms='fwd,dgrad,wgrad', rate=0.1, b
         product = functools.partial(strassen_product, levels=levels)
         whole = Recipe(Gemm(), Gemm(), Gemm())
         return Linear, recipe_matmul(whole, [product] * 3), f'{levels} level{"s" * (levels > 1)}, in dtype'
+    formats = [format for gemm in GEMMS for format in (getattr(recipe, gemm).a, getattr(recipe, gemm).b)]
+    if any(_is_float8(format) for format in formats) and not hardware.has_float8(device):
+        raise InputError(f'matmul={name}: torch {torch.__version__} has no 8-bit floats on '
+                         f'{hardware.device_name(device)}')
     recipe = replace(recipe, **{gemm: Gemm() for gemm in set(GEMMS) - set(chosen)})
     products, paths = zip(*(find_product(getattr(recipe, gemm), device, dims, tokens, fast_accum and gemm == 'fwd')
                             for gemm in GEMMS), strict=True)
@@ -301,15 +326,19 @@ def find_product(rule, device, dims, tokens, fast):
     """(the product for operands so encoded, 'native', 'emulated', or 'in dtype' where an operand is)."""
     if rule.a is None or rule.b is None:
         return plain_product, 'in dtype'
-    elements = [getattr(format, 'element', None) for format in (rule.a, rule.b) if isinstance(format, Format)]
-    fits = all(n % 16 == 0 for n in (*dims, tokens))
-    if len(elements) == 2 and all(isinstance(element, Int) for element in elements):
-        if device.type == 'cpu' or device.type == 'cuda' and fits:
+    nvidia = device.type == 'cuda' and not torch.version.hip
+    if all(isinstance(format, Format) and isinstance(format.element, Int) for format in (rule.a, rule.b)):
+        if nvidia or device.type == 'cpu' and hardware.cpu_has_int8():
             return int8_product, 'native'
-    if len(elements) == 2 and all(getattr(element, 'dtype', None) for element in elements):
-        if device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 9) and fits:
+    if _is_float8(rule.a) and _is_float8(rule.b) and rule.a.shared == rule.b.shared != 'column':
+        fits = all(n % 16 == 0 for n in (*dims, tokens)) and not rule.a.element == rule.b.element == E5M2
+        if nvidia and torch.cuda.get_device_capability(device) >= (8, 9) and fits:
             return functools.partial(fp8_product, fast=fast), 'native'
     return plain_product, 'emulated'
+
+
+def _is_float8(format):
+    return isinstance(format, Format) and format.kept and isinstance(format.element, Float)
 
 
 def layers(model, keep_last=0):
@@ -321,14 +350,14 @@ def layers(model, keep_last=0):
 def convert(model, name, dtype, tokens, keep_last=None, **options):
     """
     Let the Linears of a model's blocks follow recipe `name`; their parameters stay. Returns, in words, what computes
-    it and at what price. keep_last: how many of the last blocks stay in dtype; None: as many as the recipe says.
+    it. keep_last: how many of the last blocks stay in dtype; None: as many as the recipe says.
     options: find()'s. Raises InputError.
     """
     n_layer, n_embd = model.config.n_layer, model.config.n_embd
     device = model.lm_head.weight.device
     cls, function, how = find(name, device, dtype, (n_embd, 3 * n_embd, 4 * n_embd), tokens, **options)
     if keep_last is None:
-        keep_last = math.ceil(RECIPES[name].keep_last * n_layer) if name in RECIPES else 0
+        keep_last = min(n_layer - 1, math.ceil(RECIPES[name].keep_last * n_layer)) if name in RECIPES else 0
     if not 0 <= keep_last < n_layer:
         raise InputError(f'matmul_keep_last={keep_last}: it must be from 0 to {n_layer - 1}, so that {name} has blocks '
                          f'left')
@@ -351,14 +380,13 @@ def relative_time(name, device, dtype, rows, n_in, n_out, compile=False, **optio
         layer = nn.Linear(n_in, n_out, bias=False, device=device)
         if convert_it:
             layer.__class__, layer.function, _ = find(name, device, dtype, (n_in, n_out), rows, **options)
-        if compile:
-            layer.compile()
+        linear = torch.compile(layer) if compile else layer  # an nn.Linear's own compile() does nothing
         x = torch.randn(rows, n_in, device=device, requires_grad=True)
 
-        def run(layer=layer, x=x):
+        def run(linear=linear, x=x, w=layer.weight):
             with hardware.autocast(device, dtype):
-                y = layer(x)
-            y.backward(y.detach())
+                y = linear(x)
+            torch.autograd.grad(y, (x, w), y.detach())
         runs.append(run)
     ordinary, followed = zip(*([hardware.shortest_seconds(run, device, budget=0.06) for run in runs] for _ in range(2)),
                              strict=True)  # in turn, for another program may take the machine for a moment

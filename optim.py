@@ -209,7 +209,9 @@ class Pruning:
         self.masks = [w != 0 for w in matrices] if self.share_at(next_step - 1) else None
 
     def share_at(self, step):
-        t = min(1.0, max(0.0, (step - self.start) / max(1, self.end - self.start)))
+        if step < self.start:
+            return 0.0
+        t = 1.0 if step >= self.end else (step - self.start) / (self.end - self.start)
         return self.share * (1 - (1 - t) ** 3)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from formats import row_pieces
+from formats import piece_buffer, row_pieces
 
 
 def plain_product(a, b, work, out):
@@ -24,10 +24,12 @@ def int8_product(a, b, work, out):
 
 def int8_sums(x, w):
     """x w^T of int8 (M, K) and (N, K), in int32."""
-    rows = x.size(0)
-    if x.device.type == 'cuda':  # takes 17 rows or more
-        x, w = F.pad(x, (0, 0, 0, max(0, 17 - rows))).contiguous(), w.contiguous()
-    return torch._int_mm(x, w.mT)[:rows]
+    (M, K), N = x.shape, w.size(0)
+    if x.device.type == 'cuda':  # takes 17 rows or more, and multiples of 8, along K
+        if M < 17 or K % 8 or N % 8:
+            x, w = F.pad(x, (0, -K % 8, 0, max(0, 17 - M))), F.pad(w, (0, -K % 8, 0, -N % 8))
+        x, w = x.contiguous(), w.contiguous()
+    return torch._int_mm(x, w.mT)[:M, :N]
 
 
 def fp8_product(a, b, work, out, fast=False):
@@ -35,7 +37,7 @@ def fp8_product(a, b, work, out, fast=False):
     by_row = a.scale.dim() == 2
     scales = (a.scale.contiguous(), b.scale.mT.contiguous()) if by_row else (a.scale, b.scale)
     y = torch._scaled_mm(a.values.contiguous(), b.values.contiguous().mT, *scales,
-                         out_dtype=torch.bfloat16 if by_row else work, use_fast_accum=fast)
+                         out_dtype=torch.bfloat16 if by_row else out, use_fast_accum=fast)
     return cast(y, out)
 
 
@@ -51,10 +53,11 @@ def scaled(y, a, b, out):
         return cast(y, out)
     # in place where that is possible: a matmul's result is as large as memory is slow
     result = y.view(out) if out.itemsize == y.dtype.itemsize else torch.empty_like(y, dtype=out)
+    buffer = piece_buffer(y)
     for rows in row_pieces(y):
-        part = y[rows].float()
+        part = buffer[:rows.stop - rows.start].copy_(y[rows])
         for scale in scales:
-            part = part * (scale[rows] if scale.dim() and scale.size(0) == y.size(0) else scale)
+            part.mul_(scale[rows] if scale.dim() and scale.size(0) == y.size(0) else scale)
         result[rows] = part
     return result
 

@@ -16,7 +16,8 @@ import checkpoint
 import hardware
 import tokenizer
 from configurator import InputError, configure
-from matmul import RECIPES, convert, pack_ternary
+from formats import Sparse24
+from matmul import convert, layers, pack_ternary
 from model import GPT, GPTConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,11 +80,13 @@ model.config.n_ids = min(model.config.n_ids, text.vocab_size)
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
 model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size))
-if recipe in RECIPES and RECIPES[recipe].latent:
+if recipe == 'ternary':
     convert(model, recipe, dtype, model.config.block_size, saved['config']['matmul_keep_last'])
-    if recipe == 'ternary':
-        packed, before = pack_ternary(model)
-        print(f'ternary weights: {packed / 1e6:.1f} MB, {before / 1e6:.1f} MB in bfloat16', file=sys.stderr)
+    packed, before = pack_ternary(model)
+    print(f'ternary weights: {packed / 1e6:.1f} MB, {before / 1e6:.1f} MB in bfloat16', file=sys.stderr)
+elif recipe == 'sparse24':
+    for layer in layers(model, saved['config']['matmul_keep_last'] or 0):
+        layer.weight.data *= Sparse24().mask(layer.weight)
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
 

@@ -166,6 +166,10 @@ if muon_iterations > len(optim.POLAR_EXPRESS):
 for key in ('decay_part', 'matmul_until', 'prune_end'):
     if config[key] is not None and config[key] > 1:
         raise InputError(f'{key}={config[key]} must be at most 1')
+if prune and train_minutes:
+    raise InputError('prune follows max_iters, which train_minutes may not reach: leave one of them out')
+if matmul == 'ternary' and matmul_until not in (None, 1.0):
+    raise InputError('matmul_until: ternary weights are the model, there is no other to go back to; leave it out')
 if prune_start > prune_end:
     raise InputError(f'prune_start={prune_start} must not be above prune_end={prune_end}')
 for key, below in {'beta1': 1, 'beta2': 1, 'muon_momentum': 1, 'prune': 1, 'seed': 2 ** 31}.items():
@@ -281,8 +285,9 @@ if matmul:
     options = {'gemms': matmul_gemms, 'rate': block_dropout, 'block': block_dropout_size, 'levels': strassen_levels,
                'fast_accum': fp8_fast_accum}
     matmul_how = convert(model, matmul, dtype, tokens_per_micro_batch, matmul_keep_last, **options)
-    if master:  # "low precision" is faster on some machines and slower on others: say which this one is
-        gain = relative_time(matmul, device, dtype, tokens_per_micro_batch, n_embd, 4 * n_embd, compile, **options)
+    if master and not eval_only:  # low precision is faster on some machines, and slower on others: say which this is
+        width = model.config.n_embd
+        gain = relative_time(matmul, device, dtype, tokens_per_micro_batch, width, 4 * width, compile, **options)
         matmul_how += f'; a Linear takes {gain:.2f} of the time in {dtype}, forward and backward'
     if matmul_until < 1:
         matmul_how += f'; in {dtype} from {matmul_until:.0%} of the run on'
@@ -454,7 +459,7 @@ while True:
     lr = learning_rate * lr_factor
     optim.set_rates(optimizer, iter_num, lr_factor)
 
-    if matmul_until < 1 and at >= matmul_until * max_iters:
+    if matmul_now and matmul_until < 1 and at >= matmul_until * max_iters:
         restore(raw_model)
         matmul_now = ''
 

@@ -614,11 +614,11 @@ def test_sparse24_keeps_the_most_that_can_be_kept():
 
 
 def test_sparse24_leaves_what_it_keeps():
-    x, times = gaussian(8, 12), torch.ones(1, 12) * 3
-    encoded = Sparse24().encode(x, times)
-    mask = Sparse24().mask(x)
-    assert torch.equal(encoded.values[mask], x[mask]) and (encoded.values[~mask] == 0).all()
-    assert encoded.scale is times
+    x, times = gaussian(8, 12), torch.arange(1.0, 13.0)[None]
+    for encoded, kept in ((Sparse24().encode(x), x), (Sparse24().encode(x, times), x * times)):
+        mask = Sparse24().mask(kept)
+        assert torch.equal(encoded.values[mask], kept[mask]) and (encoded.values[~mask] == 0).all()
+        assert encoded.scale is None
 
 
 @pytest.mark.parametrize('shape', [(6, 9), (3, 3), (1, 5), (2, 2)])

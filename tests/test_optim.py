@@ -213,6 +213,15 @@ def test_pruning_rises_to_its_share_and_holds():
     assert shares[30:40] == [shares[30]] * 10 and shares[60:] == [pytest.approx(0.8)] * 20
 
 
+@pytest.mark.parametrize('start, end', [(4.5, 4.5), (3, 9), (0, 8.1)])
+def test_pruning_has_its_share_at_its_end(start, end):
+    w = torch.randn(20, 20)
+    pruning = optim.Pruning([w], 0.5, start, end)
+    for step in range(10):
+        pruning.step(step)
+    assert (w == 0).sum() == 200
+
+
 def test_muons_flops():
     """5 iterations of three products: at 124M parameters under 1 % of a step of 0.5M tokens."""
     with torch.device('meta'):

@@ -117,7 +117,7 @@ def test_every_matmul_trains_and_resumes(project, name, model, monkeypatch):
                          block_dropout_size=16)
     straight, out = project.train(out_dir='straight', **setup)
     assert f'matmuls of the blocks: {name}' in out
-    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8, matmul_until=1.0))
+    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8, matmul_until=1.0))  # not its end
     halves, _ = project.resume(out_dir='halves', max_iters=8, matmul_until=straight['matmul_until'])
     for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
         assert torch.equal(a, b)
@@ -381,6 +381,8 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(matmul='sparse24', matmul_gemms='fwd'), 'belong together'),
     (dict(matmul='int8', matmul_keep_last=2), 'matmul_keep_last=2: it must be from 0 to 1'),
     (dict(matmul_until=1.5), 'matmul_until=1.5 must be at most 1'), (dict(prune=1), 'prune=1.0 must be below 1'),
+    (dict(prune=0.5, train_minutes=1), 'leave one of them out'),
+    (dict(matmul='ternary', matmul_until=0.5), 'ternary weights are the model'),
     (dict(prune_start=0.9), 'prune_start=0.9 must not be above prune_end=0.7'),
     (dict(weights_dtype='float16'), "weights_dtype='float16' is not known"),
     (dict(weights_dtype='bfloat16'), 'needs matmuls in it, but dtype is float32'),
