@@ -341,6 +341,8 @@ autocast = hardware.autocast(device, dtype)
 # header
 flops_per_token = raw_model.flops_per_token(block_size)
 peak, peak_source = hardware.peak_flops(device, dtype, peak_flops, tf32)
+if matmul:
+    peak_source += f"; {dtype}'s, whatever {matmul} could reach"
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 resolved = config | {key: globals()[key] for key in (
     'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'matmul_until', 'dtype', 'attn_backend', 'compile',
