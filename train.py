@@ -167,7 +167,7 @@ for key in ('decay_part', 'matmul_until', 'prune_end'):
     if config[key] is not None and config[key] > 1:
         raise InputError(f'{key}={config[key]} must be at most 1')
 if prune and train_minutes:
-    raise InputError('prune follows max_iters, which train_minutes may not reach: leave one of them out')
+    raise InputError('prune follows max_iters, which train_minutes may not reach: give --train_minutes=0')
 if matmul == 'ternary' and matmul_until not in (None, 1.0):
     raise InputError('matmul_until: ternary weights are the model, there is no other to go back to; leave it out')
 if prune_start > prune_end:

@@ -381,7 +381,7 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(matmul='sparse24', matmul_gemms='fwd'), 'belong together'),
     (dict(matmul='int8', matmul_keep_last=2), 'matmul_keep_last=2: it must be from 0 to 1'),
     (dict(matmul_until=1.5), 'matmul_until=1.5 must be at most 1'), (dict(prune=1), 'prune=1.0 must be below 1'),
-    (dict(prune=0.5, train_minutes=1), 'leave one of them out'),
+    (dict(prune=0.5, train_minutes=1), 'give --train_minutes=0'),
     (dict(matmul='ternary', matmul_until=0.5), 'ternary weights are the model'),
     (dict(prune_start=0.9), 'prune_start=0.9 must not be above prune_end=0.7'),
     (dict(weights_dtype='float16'), "weights_dtype='float16' is not known"),
