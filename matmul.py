@@ -89,9 +89,9 @@ def dge(w, power=5.0, most=3.0):
     return ((2 * (u - lo) / (hi - lo) - 1).abs().pow(1 / power - 1) / power).clamp(max=most)
 
 
-def all_three(format, **options):
+def all_three(format):
     """A recipe that rounds every operand alike, along the dimension that is summed."""
-    return Recipe(*[Gemm(format, format)] * 3, **options)
+    return Recipe(*[Gemm(format, format)] * 3)
 
 
 def per(shared, element, **options):
@@ -116,7 +116,7 @@ FP4_KEEPING_OUTLIERS = per('row', E2M1, outliers=0.99)
 TERNARY = per('tensor', TRIT, mean=True)
 
 RECIPES = {
-    # name        y = x w^T                                dx = g w                          dw = g^T x
+    # the operands of y = x w^T, of dx = g w, of dw = g^T x
     'fp8': Recipe(Gemm(per('tensor', E4M3), per('tensor', E4M3)),
                   Gemm(per('tensor', E5M2), per('tensor', E4M3)),
                   Gemm(per('tensor', E5M2), per('tensor', E4M3))),
