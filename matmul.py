@@ -256,11 +256,16 @@ def block_matmul(multiply, rate, block):
     return BlockMatmul
 
 
+def matmul_dtype(x):
+    """That in which an nn.Linear would multiply x: autocast's, or its own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class Linear(nn.Linear):
     """An nn.Linear whose class, and `function`, convert() has set."""
 
     def forward(self, x):
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = matmul_dtype(x)
         y = self.function.apply(x.to(dtype).flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(dtype)
 
@@ -426,7 +431,7 @@ class PackedTernary(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = matmul_dtype(x)
         a = per('row', BYTE).encode(rms_norm.apply(x).to(dtype).flatten(0, -2))
         padded = F.pad(a.values, (0, -self.in_features % 4))
         total = 0
