@@ -48,7 +48,8 @@ def _remove(*paths):
 
 def set_aside(out_dir):
     """Keep what an earlier run left in out_dir as *.old, so that a new one cannot destroy it. Returns the names."""
-    found = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(os.path.join(out_dir, name))]
+    names = ('ckpt.pt', 'best.pt', 'log.jsonl', 'adapter_config.json', 'adapter_model.safetensors')
+    found = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
     for name in found:
         os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + '.old'))
     return found
@@ -64,6 +65,14 @@ def check_writable(out_dir):
         os.remove(probe)
     except OSError as e:
         raise InputError(f'out_dir={out_dir!r} cannot be written: {e.strerror}') from None
+
+
+def find(source):
+    """The checkpoint that `source` names: a file, or a run's out_dir, of which best.pt comes first; or None."""
+    for path in (source, os.path.join(source, 'best.pt'), os.path.join(source, 'ckpt.pt')):
+        if os.path.isfile(path):
+            return path
+    return None
 
 
 def load(path):

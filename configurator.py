@@ -178,6 +178,8 @@ def _convert(name, value, kinds, from_text, source):
             value = ast.literal_eval(text)
         except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
             value = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+        if value is None and 'None' in kinds:
+            return None
         if 'str' in kinds and type(value).__name__ not in kinds:
             value = text
         if kinds == {'str'} and not isinstance(value, str):

@@ -7,7 +7,7 @@ numbers: the scale they share makes everything that it scales NaN. They have no 
 
 References: OCP Microscaling Formats 1.0 (MX), https://arxiv.org/abs/2506.08027 (its scales rounded up),
 https://arxiv.org/abs/2509.25149 (NVFP4), https://arxiv.org/abs/2501.17116 (FP4 with outliers kept),
-https://arxiv.org/abs/2402.17764 (ternary).
+https://arxiv.org/abs/2402.17764 (ternary), https://arxiv.org/abs/2305.14314 (NF4).
 """
 
 import functools
@@ -289,6 +289,47 @@ class Sparse24:
         best = (patterns @ blocks).max(0).indices  # of (90, blocks); argmax is slower
         mask = patterns.bool()[best].view(*(n // 4 for n in size.shape), 4, 4)
         return mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:R, :C]
+
+
+# NormalFloat of 4 bits: the quantiles of a normal distribution, from -1 to 1, with a zero (QLoRA, appendix E)
+NF4_GRID = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+NF4_BLOCK, NF4_GROUP = 64, 256  # weights that share a largest magnitude, magnitudes that share a scale
+
+
+class NF4(NamedTuple):
+    """
+    A tensor in NF4 with double quantisation, 4.13 bits per element: the nearest number of NF4_GRID, times the largest
+    magnitude of 64 elements, which is itself an 8-bit integer about the mean of all, times a scale per 256.
+    """
+    packed: torch.Tensor  # uint8, two codes a byte
+    sizes: torch.Tensor  # int8
+    scales: torch.Tensor  # float32
+    mean: torch.Tensor  # float32
+
+    @classmethod
+    def encode(cls, x):
+        """x: a tensor whose last element may stand in an incomplete block."""
+        x = x.detach().float().flatten()
+        blocks = F.pad(x, (0, -len(x) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+        size = blocks.abs().amax(-1)
+        middles = (NF4_GRID[1:] + NF4_GRID[:-1]) / 2
+        codes = torch.bucketize(blocks / size.clamp(min=1e-30)[:, None], middles.to(x.device), out_int32=True)
+        mean = size.mean()
+        groups = F.pad(size - mean, (0, -len(size) % NF4_GROUP)).view(-1, NF4_GROUP)
+        scales = groups.abs().amax(-1).clamp(min=1e-30) / 127
+        sizes = (groups / scales[:, None]).round().to(torch.int8).flatten()[:len(size)]
+        return cls(pack(codes.flatten(), 4), sizes, scales, mean)
+
+    def decode(self, shape, dtype=torch.float32):
+        grid = NF4_GRID.to(self.packed.device)
+        pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], dim=1)  # of each byte
+        padded = F.pad(self.sizes.float(), (0, -len(self.sizes) % NF4_GROUP)).view(-1, NF4_GROUP)
+        size = (padded * self.scales[:, None] + self.mean).flatten()[:len(self.sizes)]
+        values = F.embedding(self.packed.int(), pairs).view(-1, NF4_BLOCK) * size[:, None]
+        return values.flatten()[:math.prod(shape)].view(shape).to(dtype)
 
 
 def to_bfloat16_stochastically(x):

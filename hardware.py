@@ -216,6 +216,13 @@ def peak_flops(device, dtype, override=None, tf32=True):
     return measured, f'a large {dtype} matmul, measured now; no datasheet figure for this device'
 
 
+def give_back_memory():
+    """Return what the process has freed to the system, which otherwise, after prepare(), stays with it."""
+    if sys.platform == 'linux':
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def seed(device, value):
     """torch.manual_seed for this device alone: cheap enough for every step."""
     if device.type == 'cpu':

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import checkpoint
 from configurator import InputError
@@ -88,18 +89,27 @@ class GPTConfig:
 def sdpa(q, k, v, dropout):
     """
     Causal attention by torch's fused kernels. q: (B, H, T, hd); k, v: (B, H, S, hd), of which q's are the last T
-    positions, and T is S or 1. dropout: the probability, 0 outside training.
+    positions. dropout: the probability, 0 outside training.
     """
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1)
+    T, S = q.size(2), k.size(2)
+    # is_causal would let the first query see the first key alone, and not the S - T before it
+    mask = causal_mask(T, S, q.device) if 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S)
+
+
+def causal_mask(T, S, device):
+    """(T, S): whether a query, of the last T of S positions, may see a key."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def math_attention(q, k, v, dropout):
-    """The same by two matmuls and a softmax, with (B, H, T, T) scores in memory. A single query goes to sdpa."""
+    """The same by two matmuls and a softmax, with (B, H, T, S) scores in memory. A single query goes to sdpa."""
     B, H, T, hd = q.shape
     if T == 1:
         return sdpa(q, k, v, dropout)
+    S = k.size(2)
     q, k, v = (z.flatten(0, 1) for z in (q, k, v))
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
     scores = torch.baddbmm(mask, q, k.mT, alpha=hd ** -0.5)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
     return (weights @ v).view(B, H, T, hd)
@@ -206,7 +216,8 @@ class Smear(nn.Module):
 
     def forward(self, x, cache=None):
         """x: (B, T, n_embd), embeddings of the T positions after the cache's, which remembers the last of them."""
-        before = cache.last_embedding if cache and cache.length else torch.zeros_like(x[:, :1])
+        before = cache.last_embedding if cache else None
+        before = torch.zeros_like(x[:, :1]) if before is None else before
         if cache:
             cache.last_embedding = x[:, -1:]
         gate = torch.sigmoid(self.gate(x[..., :self.gate.in_features]))
@@ -270,7 +281,18 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class CheckpointedBlock(Block):
+    """A Block that keeps only its input for backward, and computes the rest again there."""
+
+    def forward(self, x, cache=None):
+        if not torch.is_grad_enabled():
+            return super().forward(x, cache)
+        return torch.utils.checkpoint.checkpoint(super().forward, x, cache, use_reentrant=False)
+
+
 class GPT(nn.Module):
+    n_virtual = 0  # positions that go to an adapter's virtual tokens
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -320,13 +342,20 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.attn.attend = ATTENTION[backend]
 
+    def checkpoint_activations(self):
+        """From now on each block keeps only its input for backward: less memory, a third more FLOPs."""
+        for block in self.transformer.h:
+            block.__class__ = CheckpointedBlock
+
     def hidden(self, idx, cache=None):
         """idx: (B, T) ids -> (B, T, n_embd), after the final norm. With a cache, idx are the positions after it."""
-        start = cache.length if cache else 0
-        T = idx.size(1)
+        return self.contextual(self.transformer.wte(idx), cache)
+
+    def contextual(self, x, cache=None):
+        """x: (B, T, n_embd), embeddings of the T positions after the cache's -> the same after the final norm."""
+        start, T = cache.length if cache else 0, x.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens, but block_size is {self.config.block_size}')
-        x = self.transformer.wte(idx)
         for part in self.stem:
             x = self.transformer[part](x, cache)
         x = self.transformer.drop(x)
@@ -361,12 +390,15 @@ class GPT(nn.Module):
 
     def flops_per_token(self, block_size=None):
         """
-        FLOPs of forward and backward per token at that length: 6 per weight used in a matmul, and 12 L d T for
-        attention (PaLM, appendix B). The embedding tables are looked up, not multiplied; a tied one counts as the head.
+        FLOPs of forward and backward per token at that length: 6 per weight used in a matmul, 4 if it is frozen, and
+        12 L d T for attention (PaLM, appendix B). The embedding tables are looked up, not multiplied; a tied one counts
+        as the head. Modules that hold weights otherwise than an nn.Linear say so by a `flops_per_token` of their own.
         """
         c = self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 6 * weights + 12 * c.n_layer * c.n_embd * (block_size or c.block_size)
+        attention = 12 * c.n_layer * c.n_embd * (block_size or c.block_size)
+        return attention + sum(
+            m.weight.numel() * (6 if m.weight.requires_grad else 4) if isinstance(m, nn.Linear) else
+            m.flops_per_token() if m is not self and hasattr(m, 'flops_per_token') else 0 for m in self.modules())
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -377,6 +409,22 @@ class GPT(nn.Module):
         if self.config.positions == 'learned':
             kept = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe = LearnedPositions.from_pretrained(kept, freeze=False)
+
+    @classmethod
+    def from_checkpoint(cls, source, **overrides):
+        """
+        (model, what else its checkpoint holds). source: an out_dir, a checkpoint, or what from_pretrained() takes.
+        overrides: GPTConfig keys that do not shape the weights. Raises InputError.
+        """
+        path = checkpoint.find(source) or source
+        if not path.endswith('.pt'):
+            return cls.from_pretrained(source, overrides), {}
+        saved = checkpoint.load(path)
+        if 'adapter' in saved:
+            raise InputError(f"{path} holds an adapter alone: give its base, and the adapter's folder as an adapter")
+        model = cls(GPTConfig.from_saved(saved['model_args'], **overrides))
+        checkpoint.load_weights(model, saved.pop('model'), path)
+        return model, saved
 
     @classmethod
     def from_pretrained(cls, source, override_args=None):
@@ -413,6 +461,10 @@ class GPT(nn.Module):
         checkpoint.load_weights(model, weights, source)
         return model
 
+    def new_cache(self, batch, positions):
+        """An empty KVCache for sequences of so many tokens."""
+        return KVCache(self.config, batch, positions)
+
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, window_step=1,
                generator=None):
@@ -426,14 +478,14 @@ class GPT(nn.Module):
         again: with window_step=1 for each token, as nanoGPT does, otherwise once in window_step tokens, with between
         block_size - window_step + 1 and block_size tokens of context.
         """
-        block_size = self.config.block_size
+        block_size = self.config.block_size - self.n_virtual
         cache = None
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            if cache is None or cache.length == block_size:
+            if cache is None or cache.length == self.config.block_size:
                 keep = block_size if idx.size(1) <= block_size else block_size - window_step + 1
                 window = idx[:, -keep:]
-                cache = KVCache(self.config, idx.size(0), min(block_size, window.size(1) + max_new_tokens))
+                cache = self.new_cache(idx.size(0), min(block_size, window.size(1) + max_new_tokens))
             else:
                 window = idx[:, -1:]
             logits = self.lm_head(self.hidden(window, cache)[:, -1]).float()

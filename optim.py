@@ -25,13 +25,19 @@ POLAR_EXPRESS = [
 EARLY_MOMENTUM = 0.85  # Muon's, in the first step
 
 
-def adamw(model, learning_rate, weight_decay, betas):
-    """AdamW, one fused kernel per step where the device has it. Matrices and embeddings decay, vectors do not."""
+def adamw(model, learning_rate, weight_decay, betas, faster=(), ratio=1.0):
+    """
+    AdamW, one fused kernel per step where the device has it. Matrices and embeddings decay, vectors do not. `faster`
+    matrices learn at `ratio` times the rate.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]  # in the order of nanoGPT's checkpoints
     cls = torch.optim.AdamW if all(p.dtype == torch.float32 for p in trained) else RoundingAdamW
+    apart = {id(p) for p in faster}
     return cls([
-        {'params': [p for p in trained if p.dim() >= 2], 'peak_lr': learning_rate, 'weight_decay': weight_decay},
+        {'params': [p for p in trained if p.dim() >= 2 and id(p) not in apart], 'peak_lr': learning_rate,
+         'weight_decay': weight_decay},
         {'params': [p for p in trained if p.dim() < 2], 'peak_lr': learning_rate, 'weight_decay': 0.0},
+        *([{'params': list(faster), 'peak_lr': learning_rate * ratio, 'weight_decay': weight_decay}] if faster else []),
     ], betas=betas, fused=_fused(model))
 
 

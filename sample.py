@@ -3,6 +3,7 @@ Continue a text with a trained model; the text streams to the terminal as it is 
 
   python sample.py --out_dir=out-quickstart --start="def main("
   python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=4
+  python sample.py --adapters=out-lora,out-vera --start="The "
 """
 
 import codecs
@@ -12,19 +13,24 @@ import time
 
 import torch
 
+import adapter_files
 import checkpoint
 import hardware
 import tokenizer
+from adapters import Bank, decode_base, merge
 from configurator import InputError, configure
 from formats import Sparse24
 from matmul import convert, layers, pack_ternary
-from model import GPT, GPTConfig
+from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
 init_from = 'resume'  # 'resume' (out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json
 # ... and model.safetensors
-out_dir = 'out'  # its best.pt if there is one, else its ckpt.pt
+out_dir = 'out'  # its best.pt if there is one, else its ckpt.pt; of a run that trained an adapter, that with its base
+adapter = ''  # the folder of an adapter, peft's or a run's out_dir; the model is its base, if nothing else is given
+adapters = ''  # several, separated by commas, low-rank ones: each row of the batch takes one of them
+adapter_ids = ''  # which, row by row: 1,1,2 for the first, the first and the second, 0 for the base; '': in turn
 dataset = ''  # take the tokenizer of data/<dataset>; '': the checkpoint's own
 # text
 start = '\n'  # the text to continue, or FILE:path
@@ -52,19 +58,25 @@ device = hardware.find_device(device)
 hardware.prepare(device)
 
 # model and tokenizer
-described, recipe = None, ''
+if adapter and adapters:
+    raise InputError('adapter and adapters are both given: name all of them in adapters, or one in adapter')
+folders = [name for name in (adapters or adapter).split(',') if name]
+source = init_from
 if init_from == 'resume':
-    path = os.path.join(out_dir, 'best.pt')
-    path = path if os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
-    saved = checkpoint.load(path)
-    model = GPT(GPTConfig.from_saved(saved['model_args'], dropout=0.0))
-    checkpoint.load_weights(model, saved['model'], path)
-    described, recipe = saved.get('tokenizer'), saved.get('matmul', '')
-    if described is None:  # nanoGPT's checkpoints name only the dataset
-        dataset = dataset or saved.get('config', {}).get('dataset', '')
+    source = checkpoint.find(out_dir) or os.path.join(out_dir, 'ckpt.pt')
+if not folders and init_from == 'resume' and os.path.exists(os.path.join(out_dir, adapter_files.CONFIG)):
+    folders, source = [out_dir], None
+elif folders and init_from == 'resume' and 'out_dir' not in given:
+    source = None
+if folders:
+    loaded = [adapter_files.read(folder) for folder in folders]
+    model, saved = adapter_files.load_base(loaded, source)
+    source = source or loaded[0].base
 else:
-    path = init_from
-    model = GPT.from_pretrained(init_from)
+    model, saved = GPT.from_checkpoint(source, dropout=0.0)
+described, recipe = saved.get('tokenizer'), saved.get('matmul', '')
+if saved and described is None:  # nanoGPT's checkpoints name only the dataset
+    dataset = dataset or saved.get('config', {}).get('dataset', '')
 if dataset:
     data_dir = os.path.join('data', dataset)
     if 'dataset' in given and not os.path.isdir(data_dir):
@@ -74,9 +86,16 @@ elif described is None:
     described = tokenizer.GPT2
 text = tokenizer.from_dict(described)
 if text.vocab_size > model.config.vocab_size:
-    raise InputError(f'{path} has {model.config.vocab_size} ids, the tokenizer {described["kind"]} {text.vocab_size}: '
-                     f'set dataset to the folder in data/ that the model was trained on')
+    raise InputError(f'{source} has {model.config.vocab_size} ids, the tokenizer {described["kind"]} '
+                     f'{text.vocab_size}: set dataset to the folder in data/ that the model was trained on')
 model.config.n_ids = min(model.config.n_ids, text.vocab_size)
+if adapters:
+    low_rank = [adapter_files.low_rank(model.config, *of_one) for of_one in zip(loaded, folders, strict=True)]
+elif folders:
+    adapter_files.put_to(model, loaded[0], folders[0])
+    if loaded[0].config.method in ('lora', 'dora', 'vera'):  # no slower than the base
+        merge(model)
+decode_base(model)
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
 model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size))
@@ -87,6 +106,24 @@ if recipe == 'ternary':
 elif recipe == 'sparse24':
     for layer in layers(model, saved['config']['matmul_keep_last'] or 0):
         layer.weight.data *= Sparse24().mask(layer.weight)
+names = [''] * num_samples
+if adapters:
+    if adapter_ids:
+        try:
+            ids = [int(number) for number in adapter_ids.split(',')]
+        except ValueError:
+            ids = [-1]
+        if not all(0 <= number <= len(folders) for number in ids):
+            raise InputError(f'adapter_ids={adapter_ids!r} must be numbers from 0 to {len(folders)}, with commas '
+                             f'between')
+        if 'num_samples' in given and num_samples != len(ids):
+            raise InputError(f'num_samples={num_samples}, but adapter_ids has {len(ids)} rows: leave one of them out')
+    else:
+        rows = num_samples if 'num_samples' in given else len(folders)
+        ids = [1 + row % len(folders) for row in range(rows)]
+    num_samples, names = len(ids), [f'[{(["the base"] + folders)[number]}]\n' for number in ids]
+    bank = Bank(model, low_rank, hardware.DTYPES[dtype])
+    bank.select(ids)
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
 
@@ -110,7 +147,7 @@ if not 1 <= window_step <= model.config.block_size:
 # draw: all samples in one batch, of which the first streams to the terminal
 generator = torch.Generator(device).manual_seed(seed)
 decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a token may end inside a character
-print(start, end='', flush=True)
+print(names[0] + start, end='', flush=True)
 new, began = [], time.perf_counter()
 with hardware.autocast(device, dtype):
     for next_ids in model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, window_step, generator):
@@ -121,9 +158,9 @@ with hardware.autocast(device, dtype):
 seconds = time.perf_counter() - began
 print(decoder.decode(b'', final=True))
 print('---------------')
-for row in torch.stack(new, dim=1)[1:].tolist():
+for name, row in zip(names[1:], torch.stack(new, dim=1)[1:].tolist(), strict=True):
     row = row[:row.index(text.eot)] if text.eot in row else row
-    print(start + text.decode(row))
+    print(name + start + text.decode(row))
     print('---------------')
 drawn = len(new) * num_samples
 print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}); beyond {model.config.block_size} '

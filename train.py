@@ -9,20 +9,24 @@ Train or finetune a GPT on one GPU, on several, or on a CPU.
 import glob
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import adapter_files
 import checkpoint
 import hardware
 import optim
 import tokenizer
+from adapters import AdapterConfig, attach, hold_base, low_rank_Bs, training_bytes
 from configurator import InputError, configure, describe, inherit
 from loader import Tokens, TrainBatches, eval_batches
 from matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
@@ -33,7 +37,7 @@ from runlog import RunLog
 # output
 out_dir = 'out'  # checkpoints and log.jsonl are written here
 init_from = 'scratch'  # 'scratch', 'resume' (out_dir/ckpt.pt), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a
-# ... folder with config.json and model.safetensors
+# ... folder: an earlier run's out_dir, or one with config.json and model.safetensors
 eval_interval = 2000  # steps between evaluations
 eval_iters = 200  # batches of each split that an evaluation reads
 eval_only = False  # evaluate once and exit
@@ -70,6 +74,20 @@ activation: str | None = None  # 'gelu', 'gelu_new' or 'relu2'
 tied: bool | None = None  # the head is the embedding table
 zero_init: bool | None = None  # projections into the residual stream, and an untied head, begin at zero
 embd_norm: bool | None = None  # the embedding normalised
+# finetuning of a small part beside a base, which init_from names and which stays as it is
+adapter = ''  # '': all weights are trained. Otherwise lora, dora, vera, bottleneck, prompt or prefix
+adapter_from = ''  # go on from the adapter in this folder, an earlier run's out_dir or one of peft's
+adapter_r: int | None = None  # rank, None: 16, with vera 256; width of bottleneck, None: 64
+adapter_targets: str | None = None  # the Linears: ends of names, such as attn.c_attn,mlp.c_fc, or a regular expression
+# ... for names such as transformer.h.0.attn.c_attn; None: all of the blocks, with bottleneck those into the residual
+# ... stream
+adapter_dropout = 0.0  # of what goes into A, with lora, dora and vera
+lora_alpha = 32.0  # what B A x is multiplied by is alpha / r,
+use_rslora = False  # or, True: alpha / sqrt(r)
+loraplus_lr_ratio = 1.0  # by which B learns faster than A
+num_virtual_tokens = 16  # of prompt and prefix, which begin as the first tokens of the training text
+base_format = 'float32'  # of the base's matrices: 'nf4' (4 bits: QLoRA) or 'bfloat16'
+base: str | None = None  # to resume an adapter whose base is no longer where it was: where it is now
 # optimizer
 optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # the highest of AdamW
@@ -78,7 +96,7 @@ max_minutes = 0.0  # stop after so many minutes of wall-clock time, to be resume
 train_minutes = 0.0  # where the machine cannot do max_iters in so many minutes of training, the schedule follows the
 # ... clock and ends with them; 0: as long as it takes
 patience = 0  # stop after so many evaluations without a lower validation loss; 0: never
-weight_decay = 1e-1  # of matrices
+weight_decay: float | None = None  # of matrices; None: 0.1, with an adapter 0
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: any
@@ -119,6 +137,7 @@ reduced_precision_reduction = True  # on a GPU, 16-bit matmuls in several parts 
 allow_fp16_accumulation = False  # on a GPU, float16 matmuls add up in float16: fast on GeForce cards, but sums of
 # ... thousands lose digits, and beyond 65504 they overflow
 fp8_fast_accum = True  # on Hopper, fp8's forward matmuls add up in about 14 bits; the backward's never do
+checkpoint_activations = False  # keep only each block's input for the backward: less memory, a third more FLOPs
 attn_backend = 'auto'  # 'sdpa' (torch's fused kernels) or 'math' (matmul, softmax, matmul)
 compile: bool | str = 'auto'  # torch.compile; 'auto': on a GPU where it works
 peak_flops: float | None = None  # FLOP/s that MFU is measured against; None: the datasheet's, or measured
@@ -131,17 +150,22 @@ config, given = configure(globals())
 resuming = init_from == 'resume'
 PARTS = (*ARCHITECTURES['gpt2'], 'smear')
 ARCHITECTURE = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', *PARTS)
+ADAPTER = ('adapter', 'adapter_from', 'adapter_r', 'adapter_targets', 'lora_alpha', 'use_rslora', 'num_virtual_tokens',
+           'base_format')
 if resuming:
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
     resumed = checkpoint.load(ckpt_path)
     model_config = GPTConfig.from_saved(resumed['model_args'])
     saved = resumed.get('config', {}) | {key: getattr(model_config, key) for key in ARCHITECTURE}
-    for key in ARCHITECTURE:
-        if key in given and config[key] not in (saved[key], None):
-            raise InputError(f'{ckpt_path} has {key}={saved[key]}, but this run asks for {config[key]}: leave {key} '
-                             f'out, or train from scratch in another out_dir')
+    if 'adapter' in resumed:  # whose sequences may be shorter than those of its base
+        saved['block_size'] = resumed['config']['block_size']
+    for key in (*ARCHITECTURE, *ADAPTER):
+        if key in given and config[key] not in (saved.get(key, ''), None):
+            raise InputError(f'{ckpt_path} has {key}={saved.get(key, "")}, but this run asks for {config[key]}: leave '
+                             f'{key} out, or begin a new run in another out_dir')
     inherit(globals(), config, given, saved, ckpt_path, except_keys=(
-        'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'compile', 'backend', 'peak_flops'))
+        'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'compile', 'backend', 'peak_flops',
+        'base'))
     if train_minutes and resumed.get('train_seconds', 0.0) >= 60 * train_minutes and not eval_only:
         raise InputError(f'{ckpt_path} has trained its train_minutes={train_minutes}: give more, or --train_minutes=0 '
                          f'for all of max_iters={max_iters}')
@@ -154,7 +178,8 @@ for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batc
                    'learning_rate': 0, 'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0,
                    'momentum_warmup': 0, 'muon_iterations': 1, 'weight_decay': 0, 'beta1': 0, 'beta2': 0,
                    'grad_clip': 0, 'warmup_iters': 0, 'decay_part': 0, 'matmul_until': 0, 'prune': 0,
-                   'prune_start': 0, 'seed': 0}.items():
+                   'prune_start': 0, 'adapter_r': 1, 'loraplus_lr_ratio': 0, 'num_virtual_tokens': 1,
+                   'seed': 0}.items():
     if config[key] is not None and config[key] < least:
         raise InputError(f'{key}={config[key]} must be at least {least}')
 for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd'),
@@ -170,6 +195,20 @@ if prune and train_minutes:
     raise InputError('prune follows max_iters, which train_minutes may not reach: give --train_minutes=0')
 if matmul == 'ternary' and matmul_until not in (None, 1.0):
     raise InputError('matmul_until: ternary weights are the model, there is no other to go back to; leave it out')
+if adapter or adapter_from:
+    latent = matmul in RECIPES and RECIPES[matmul].latent
+    for refused, why in (
+            (init_from == 'scratch', "init_from='scratch': an adapter needs a base; set init_from to a trained model"),
+            (optimizer == 'muon', "optimizer='muon' is for the matrices of a base: use adamw with an adapter"),
+            (prune, f'prune={prune}: with an adapter the weights are frozen; prune the base when it is trained'),
+            (weights_dtype != 'float32', f'weights_dtype={weights_dtype}: an adapter is in float32; use base_format'),
+            (latent, f'matmul={matmul} rounds the weights in its forward, but with an adapter they stay as they are'),
+            (matmul and base_format == 'nf4', f'matmul={matmul} with base_format=nf4, whose products are in dtype: '
+                                              f'leave one of them out')):
+        if refused:
+            raise InputError(why)
+elif base_format != 'float32' or base:
+    raise InputError('base_format and base are for the base of an adapter: set adapter')
 if prune_start > prune_end:
     raise InputError(f'prune_start={prune_start} must not be above prune_end={prune_end}')
 for key, below in {'beta1': 1, 'beta2': 1, 'muon_momentum': 1, 'prune': 1, 'seed': 2 ** 31}.items():
@@ -206,6 +245,8 @@ if gradient_accumulation_steps < 1 or gradient_accumulation_steps % world_size:
                      f'{world_size} processes: make it a multiple of {world_size}')
 micro_steps = gradient_accumulation_steps // world_size  # per process
 tokens_per_iter = gradient_accumulation_steps * tokens_per_micro_batch
+if weight_decay is None:
+    weight_decay = 0.0 if adapter or adapter_from else 0.1
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 if min_lr is None:
     min_lr = learning_rate / 10 if schedule == 'cosine' else 0.0
@@ -213,9 +254,6 @@ if min_lr is None:
 # machine
 started = time.perf_counter()
 hardware.prepare(device, tf32, reduced_precision_reduction, allow_fp16_accumulation)
-if dtype == 'auto' and resuming and resumed.get('dtype', {}).get(device.type):
-    dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
-dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, n_embd, 4 * n_embd))
 compile_reason = 'as asked'
 if compile == 'auto':
     compile, compile_reason = hardware.can_compile(device)
@@ -224,12 +262,6 @@ elif isinstance(compile, str):
 if ddp:
     backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
     dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device.type == 'cuda' else backend)
-    agreed = [dtype, dtype_reason, compile, compile_reason]  # 'auto' tries things out: the first process decides
-    dist.broadcast_object_list(agreed)
-    dtype, dtype_reason, compile, compile_reason = agreed
-if weights_dtype != 'float32' and dtype != weights_dtype:
-    raise InputError(f'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
-attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
 if master and not eval_only:
     checkpoint.check_writable(out_dir)
 
@@ -252,7 +284,23 @@ if resuming and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']
 
 # model
 torch.manual_seed(seed)
-if resuming:
+trained = None  # the adapter, as it is saved
+if resuming and 'adapter' in resumed:
+    trained = adapter_files.Adapter.from_saved(resumed['adapter'], resumed['model'])
+    init_from = base or trained.base
+elif adapter_from:
+    trained = adapter_files.read(adapter_from)
+    if adapter not in ('', trained.config.method):
+        raise InputError(f'adapter={adapter}, but {adapter_from} is a {trained.config.method}: leave one of them out')
+    if 'base_format' not in given:
+        base_format = config['base_format'] = trained.base_format
+elif adapter:
+    targets = adapter_targets and (adapter_targets.split(',') if re.fullmatch(r'[\w.,]+', adapter_targets) else
+                                   adapter_targets)
+    trained = adapter_files.Adapter(AdapterConfig(
+        adapter, r=adapter_r, lora_alpha=lora_alpha, use_rslora=use_rslora, dropout=adapter_dropout,
+        target_modules=targets, num_virtual_tokens=num_virtual_tokens), {}, base_format=base_format)
+if resuming and not trained:
     model = GPT(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
     checkpoint.load_weights(model, resumed['model'], ckpt_path)
 elif init_from == 'scratch':
@@ -266,15 +314,59 @@ else:
     if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != tokenizer.GPT2_VOCAB:
         raise InputError(f"{init_from} needs tokens of GPT-2's tokenizer, {data_dir} has {meta['vocab_size']} ids: use "
                          f"another dataset, or prepare it with gpt2")
-    model = GPT.from_pretrained(init_from, {'dropout': dropout})
+    model, of_base = GPT.from_checkpoint(init_from, dropout=dropout)
+    if of_base.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+        raise InputError(f'{init_from} was trained with another tokenizer than that of {data_dir}')
+    recipe = of_base.get('matmul', '')
+    if recipe in RECIPES and RECIPES[recipe].latent and matmul != recipe:
+        raise InputError(f'{init_from} was trained with matmul={recipe}, which is part of the model: '
+                         f'{"it can have no adapter" if trained else f"give --matmul={recipe}"}')
     for key in ARCHITECTURE:
         if key in given and key != 'block_size' and config[key] != getattr(model.config, key):
             raise InputError(f'{init_from} has {key}={getattr(model.config, key)}, but this run asks for '
                              f'{config[key]}: leave {key} out')
     if block_size > model.config.block_size:
         raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions: lower it')
-    model.crop_block_size(block_size)
+    if not trained:
+        model.crop_block_size(block_size)
+n_params, full_bytes = model.n_params(), 16 * model.n_params()
+
+# number format of the matmuls; on a CPU 'auto' depends on the model's width
+if dtype == 'auto' and resuming and resumed.get('dtype', {}).get(device.type):
+    dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
+width = model.config.n_embd
+dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, width, 4 * width))
+if ddp:  # 'auto' tries things out: the first process decides
+    agreed = [dtype, dtype_reason, compile, compile_reason]
+    dist.broadcast_object_list(agreed)
+    dtype, dtype_reason, compile, compile_reason = agreed
+if weights_dtype != 'float32' and dtype != weights_dtype:
+    raise InputError(f'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
+if base_format == 'bfloat16' and dtype != 'bfloat16':
+    raise InputError(f'base_format=bfloat16 needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
+attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
+
+# a base, and an adapter beside it
+if trained:
+    trained.base, found = init_from, adapter_files.fingerprint(model)
+    adapter_files.check_base(trained, found, init_from)
+    trained.base_hash, trained.base_format = found, base_format
+    # a recipe rounds the weights by itself
+    hold_base(model, base_format, 'float32' if matmul and base_format == 'float32' else dtype)
+    if trained.tensors:
+        adapter_files.put_to(model, trained, ckpt_path if resuming else adapter_from)
+    else:
+        attach(model, trained.config)
+    n_params += sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if block_size + model.n_virtual > model.config.block_size:
+        raise InputError(f'block_size={block_size} and {model.n_virtual} virtual tokens are more than the '
+                         f'{model.config.block_size} positions of {init_from}: use --block_size='
+                         f'{model.config.block_size - model.n_virtual}')
+    adapter = config['adapter'] = trained.config.method
+    hardware.give_back_memory()
 model.use_attention(attn_backend)
+if checkpoint_activations:
+    model.checkpoint_activations()
 if weights_dtype == 'bfloat16':
     hold_in_bfloat16(model)
 model.to(device)
@@ -286,14 +378,13 @@ if matmul:
                'fast_accum': fp8_fast_accum}
     matmul_how = convert(model, matmul, dtype, tokens_per_micro_batch, matmul_keep_last, **options)
     if master and not eval_only:  # low precision is faster on some machines, and slower on others: say which this is
-        width = model.config.n_embd
         gain = relative_time(matmul, device, dtype, tokens_per_micro_batch, width, 4 * width, compile, **options)
         matmul_how += f'; a Linear takes {gain:.2f} of the time in {dtype}, forward and backward'
     if matmul_until < 1:
         matmul_how += f'; in {dtype} from {matmul_until:.0%} of the run on'
 if model.config.vocab_size < meta['vocab_size'] and meta is not tokenizer.ASSUMED_META:
     raise InputError(f'{data_dir} has {meta["vocab_size"]} ids, the model only {model.config.vocab_size}')
-config |= {key: getattr(model.config, key) for key in ARCHITECTURE}
+config |= {key: getattr(model.config, key) for key in ARCHITECTURE if key != 'block_size'}
 
 if sample_tokens:
     text = tokenizer.from_dict(meta['tokenizer'])
@@ -301,13 +392,18 @@ if sample_tokens:
 n_ids = min(meta['vocab_size'], model.config.vocab_size)
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, block_size, n_ids) for split in ('train', 'val'))
 batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
+if model.n_virtual and not trained.tensors:
+    first = torch.from_numpy(train_tokens.read(0, 0.0, {}).astype('int64')).to(device)
+    with hardware.autocast(device, dtype):
+        model.eval().begin_from(first[torch.arange(model.n_virtual) % len(first)][None])
+    model.train()
 
 if optimizer == 'muon':
     optimizer = optim.muon(model, learning_rate, weight_decay, (beta1, beta2), muon_lr, embd_lr, head_lr,
                            muon_momentum, momentum_warmup, muon_iterations,
                            torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
 else:
-    optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2))
+    optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2), low_rank_Bs(model), loraplus_lr_ratio)
 lowest = min_lr / learning_rate if learning_rate else 0.0
 scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 15, enabled=dtype == 'float16')
 iter_num, best_val_loss, best_iter = 0, math.inf, 0
@@ -335,7 +431,8 @@ if compile:
     model.compile()
     eval_loss = torch.compile(raw_model.loss)
 if ddp:
-    model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+    model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                    broadcast_buffers=False)  # they are constants
 autocast = hardware.autocast(device, dtype)
 
 # header
@@ -345,8 +442,14 @@ if matmul:
     peak_source += f"; {dtype}'s, whatever {matmul} could reach"
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 resolved = config | {key: globals()[key] for key in (
-    'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'matmul_until', 'dtype', 'attn_backend', 'compile',
-    'backend')}
+    'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'weight_decay', 'matmul_until', 'dtype', 'attn_backend',
+    'compile', 'backend')}
+adapter_how = ''
+if trained:
+    adapter_how = (
+        f'adapter: {adapter}, {n_trained / n_params:.2%} of the parameters, on a base in {base_format}; weights, '
+        f"gradients and AdamW's moments take {training_bytes(raw_model) / 1e6:,.1f} MB, in full finetuning "
+        f'{full_bytes / 1e6:,.1f}\n')
 muon_adds = ''
 if isinstance(optimizer, optim.Muon):
     share = optimizer.flops() / (flops_per_token * tokens_per_iter / world_size)
@@ -355,10 +458,10 @@ if master:
     print(f'{describe(resolved, given)}\n'
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
           f'{attn_backend}; {"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
-          f'matmuls of the blocks: {matmul_how}\n'
+          f'matmuls of the blocks: {matmul_how}\n{adapter_how}'
           f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
           f'data: {data_dir}, {train_tokens.n_tokens:,} + {val_tokens.n_tokens:,} tokens, vocabulary {n_ids}\n'
-          f'model: {init_from}, {raw_model.n_params():,} parameters, {n_trained:,} trained; '
+          f'model: {init_from}, {n_params:,} parameters, {n_trained:,} trained; '
           f'{flops_per_token / 1e6:.4g} MFLOPs per token{muon_adds}\n'
           f'tokens per iteration will be: {tokens_per_iter:,} = {batch_size} sequences x {block_size} tokens x '
           f'{micro_steps} accumulated x {world_size} processes; {max_iters:,} iterations are '
@@ -368,8 +471,9 @@ log = None
 if master and not eval_only:
     log = RunLog(out_dir, {
         'config': resolved, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
-        'parameters': raw_model.n_params(), 'trained': n_trained, 'flops_per_token': flops_per_token,
-        'peak_flops': peak, 'peak_source': peak_source, 'tokens_per_iter': tokens_per_iter, 'processes': world_size,
+        'parameters': n_params, 'trained': n_trained, 'training_bytes': training_bytes(raw_model),
+        'flops_per_token': flops_per_token, 'peak_flops': peak, 'peak_source': peak_source,
+        'tokens_per_iter': tokens_per_iter, 'processes': world_size,
     }, resume_at=iter_num if resuming else None, wandb_options={
         'project': wandb_project, 'name': wandb_run_name, 'config': resolved, 'id': wandb_id,
         'resume': 'allow' if wandb_id else None} if wandb_log else None)
@@ -393,8 +497,13 @@ def evaluate():
 
 def save(best):
     print(f'saving checkpoint to {out_dir}')
+    weights, of_adapter = raw_model.state_dict(), {}
+    if trained:
+        weights, of_adapter = adapter_files.tensors_of(raw_model), {'adapter': trained.to_save()}
+        if best or not os.path.exists(os.path.join(out_dir, adapter_files.WEIGHTS)):
+            adapter_files.write(out_dir, replace(trained, tensors=weights), raw_model.config)
     checkpoint.save(out_dir, {
-        'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+        **of_adapter, 'model': weights, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
         'model_args': raw_model.config.to_save(), 'config': config, 'tokenizer': meta['tokenizer'],
         'dtype': {device.type: dtype}, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
         'last_eval': last_eval, 'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,

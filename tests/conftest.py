@@ -13,6 +13,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ.setdefault('WANDB_MODE', 'offline')
+os.environ['HF_HUB_OFFLINE'] = '1'  # without a network the hub is asked again and again, for half a minute
 os.environ['OMP_NUM_THREADS'] = '1'  # the models are tiny: a second thread would only be waited for
 
 import tokenizer  # noqa: E402

@@ -160,6 +160,134 @@ def test_samples_are_of_the_weights_that_were_trained(project, name):
     assert (model(prompt)[0] - expected).abs().max() > 0.01
 
 
+BASE = dict(out_dir='base', max_iters=40, eval_interval=40)
+ADAPT = dict(init_from='base', dataset='new', learning_rate=0.02, gradient_accumulation_steps=2, max_iters=8)
+
+
+@pytest.fixture
+def new(project):
+    """data/new, in which other bytes follow each other than in data/tiny."""
+    ids = np.arange(3000) * 11 % 40 + 60
+    write_tokens(project.folder / 'data' / 'new', ids[:2500], ids[2500:])
+    return project
+
+
+@pytest.mark.parametrize('method, arch, more', [
+    ('lora', 'gpt2', dict(dropout=0.1, adapter_dropout=0.1, loraplus_lr_ratio=4.0, use_rslora=True)),
+    ('lora', 'modern', dict(base_format='nf4', checkpoint_activations=True)),
+    ('lora', 'modern', dict(base_format='bfloat16', dtype='bfloat16')),
+    ('lora', 'gpt2', dict(matmul='int8')),
+    ('dora', 'gpt2', dict(base_format='nf4', dtype='bfloat16')), ('dora', 'modern', dict(checkpoint_activations=True)),
+    ('vera', 'gpt2', dict(adapter_r=8)), ('vera', 'modern', dict(adapter_r=8, base_format='nf4')),
+    ('bottleneck', 'gpt2', dict(base_format='nf4')), ('bottleneck', 'modern', dict(adapter_targets='mlp.c_proj')),
+    ('prompt', 'gpt2', dict(block_size=12)), ('prompt', 'modern', dict(block_size=12, base_format='nf4')),
+    ('prefix', 'gpt2', dict(block_size=12, checkpoint_activations=True)), ('prefix', 'modern', dict(block_size=12)),
+])
+def test_every_adapter_trains_and_resumes(new, project, method, arch, more, monkeypatch):
+    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)
+    project.train(arch=arch, smear=arch == 'modern', **BASE)
+    base_bytes = (project.folder / 'base' / 'best.pt').read_bytes()
+    setup = ADAPT | dict(adapter=method, num_virtual_tokens=4, arch=arch, smear=arch == 'modern') | more
+    straight, out = project.train(out_dir='straight', **setup)
+    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8))
+    halves, _ = project.resume(out_dir='halves', max_iters=8, dtype=setup.get('dtype', 'float32'))
+    saved, again = (checkpoint.load(f'{name}/ckpt.pt') for name in ('straight', 'halves'))
+    for name in saved['model'].keys() | again['model'].keys():
+        assert torch.equal(saved['model'][name], again['model'][name]), name
+    (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('straight', 'halves'))
+    assert steps == steps2 and val.items() <= val2.items() and val[8] < val[0]
+    # the checkpoint holds the adapter alone, and so do the moments
+    trained = straight['n_trained']
+    shared = sum(t.numel() for name, t in saved['model'].items() if name.startswith('base_model.vera'))
+    assert sum(t.numel() for t in saved['model'].values()) == trained + shared
+    assert sum(s['exp_avg'].numel() for s in saved['optimizer']['state'].values()) == trained
+    assert (project.folder / 'base' / 'best.pt').read_bytes() == base_bytes
+    assert f'adapter: {method}, {trained / straight["n_params"]:.2%} of the parameters' in out
+    assert f'{straight["n_params"]:,} parameters, {trained:,} trained' in out
+    # and goes on, from its files, where it ended
+    ran, _ = project.train(out_dir='more', **setup | dict(adapter='', adapter_from='straight', max_iters=1))
+    assert losses(project.folder, 'more')[1][0] == pytest.approx(val[8], abs=1e-6)
+    # the text is that of the model that was trained
+    model = straight['raw_model'].eval()
+    with hardware.autocast(torch.device('cpu'), straight['dtype']):
+        ids = model.generate(torch.tensor([[70, 77, 84]]), 20, temperature=0)[0].tolist()
+    sampled = project.sample(out_dir='straight', start='FMT', temperature=0, dtype=straight['dtype'])
+    assert sampled.startswith(bytes(ids[:12]).decode(errors='replace'))
+
+
+def test_an_adapter_is_of_its_base_alone(new, project):
+    project.train(**BASE)
+    project.train(**BASE | dict(seed=1, out_dir='other'))
+    project.train(adapter='lora', **ADAPT)
+    os.rename('base', 'moved')
+    with pytest.raises(InputError, match="'base' is no local folder"):
+        project.resume(max_iters=9)
+    with pytest.raises(InputError, match='trained on another base than other'):
+        project.resume(max_iters=9, base='other')
+    with pytest.raises(InputError, match='trained on another base than other'):
+        project.sample(init_from='other', adapter='out')
+    with pytest.raises(InputError, match='has lora_alpha=32.0, but this run asks for 9.0'):
+        project.resume(max_iters=9, base='moved', lora_alpha=9)
+    assert project.resume(max_iters=9, base='moved')[0]['iter_num'] == 9
+    assert len(project.sample(init_from='moved', adapter='out', start='a')) > 20
+    with pytest.raises(InputError, match='ckpt.pt has adapter=, but this run asks for lora'):
+        project.resume(out_dir='other', adapter='lora', max_iters=99)
+    with pytest.raises(InputError, match='out/best.pt holds an adapter alone'):
+        project.train(init_from='out', out_dir='third')
+    with pytest.raises(InputError, match='adapter=dora, but out is a lora'):
+        project.train(init_from='moved', adapter='dora', adapter_from='out', out_dir='third')
+
+
+def test_finetuning_all_weights_of_an_earlier_run(project):
+    project.train(arch='modern', bias=True, **BASE)
+    val = losses(project.folder, 'base')[1][40]
+    few = {k: v for k, v in TINY.items() if not k.startswith('n_')}
+    ran, _ = project._in_process('train.py', options(few | dict(init_from='base', max_iters=2)))
+    assert losses(project.folder)[1][0] == pytest.approx(val, abs=1e-6) and ran['n_trained'] == ran['n_params']
+    assert ran['raw_model'].config.arch == 'modern' and ran['raw_model'].config.bias
+    write_tokens(project.folder / 'data' / 'other', [1] * 99, [1] * 99,
+                 tokenizer={'kind': 'chars', 'chars': ['a', 'b']})
+    with pytest.raises(InputError, match='base was trained with another tokenizer'):
+        project.train(init_from='base', dataset='other')
+    project.train(out_dir='three', matmul='ternary', max_iters=2)
+    with pytest.raises(InputError, match='trained with matmul=ternary, which is part of the model: give'):
+        project.train(init_from='three')
+    with pytest.raises(InputError, match='it can have no adapter'):
+        project.train(init_from='three', adapter='lora')
+
+
+def test_two_processes_train_an_adapter_as_one(new, project):
+    project.train(**BASE)
+    setup = ADAPT | dict(adapter='lora', base_format='nf4')
+    project.train(out_dir='one', **setup)
+    ran = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                          os.path.join(ROOT, 'train.py'), *options(TINY | setup | dict(out_dir='two'))],
+                         capture_output=True, text=True, cwd=project.folder, timeout=120,
+                         env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert ran.returncode == 0, ran.stderr
+    for ours, theirs in zip(losses(project.folder, 'one'), losses(project.folder, 'two'), strict=True):
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
+
+
+def test_rows_of_a_batch_have_adapters_of_their_own(new, project):
+    project.train(**BASE)
+    for method in ('lora', 'vera'):
+        project.train(out_dir=method, adapter=method, adapter_r=4, **ADAPT | dict(learning_rate=0.1))
+    greedy = dict(start='FMT', temperature=0)
+    alone = {name: project.sample(out_dir=name, **greedy) for name in ('base', 'lora', 'vera')}
+    assert len(set(alone.values())) == 3
+    out = project._in_process('sample.py', options(greedy | dict(
+        adapters='lora,vera', adapter_ids='2,0,1,2', device='cpu', dtype='float32', max_new_tokens=20)))[1]
+    names = {'vera': 'vera', 'the base': 'base', 'lora': 'lora'}
+    assert out == ''.join(f'[{name}]\n{alone[names[name]]}' for name in ('vera', 'the base', 'lora', 'vera'))
+    for wrong, message in ((dict(adapter_ids='3'), 'must be numbers from 0 to 2'),
+                           (dict(adapter_ids='x'), 'must be numbers'), (dict(adapter='lora'), 'are both given'),
+                           (dict(adapter_ids='1,1', num_samples=3), 'but adapter_ids has 2 rows'),
+                           (dict(adapters='lora,nothere'), 'nothere is no adapter')):
+        with pytest.raises(InputError, match=message):
+            project.sample(**dict(adapters='lora,vera', num_samples=2, out_dir='base') | wrong)
+
+
 def test_loss_scaling_starts_at_2_to_the_15(project, monkeypatch):
     monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
     ran, _ = project.train(dtype='float16', max_iters=1)
@@ -387,11 +515,30 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(weights_dtype='float16'), "weights_dtype='float16' is not known"),
     (dict(weights_dtype='bfloat16'), 'needs matmuls in it, but dtype is float32'),
     (dict(out_dir='data/tiny/val.bin/x'), 'cannot be written'),
+    (dict(adapter='lora'), 'an adapter needs a base; set init_from'),
+    (dict(adapter='lorra', init_from='base'), "adapter='lorra' is not known: use lora, dora"),
+    (dict(adapter='lora', init_from='base', adapter_targets='q_proj'), "the adapter is for 'q_proj', which"),
+    (dict(adapter='lora', init_from='base', adapter_targets='.*'), 'only Linears of blocks can have one'),
+    (dict(adapter='lora', init_from='base', optimizer='muon'), "optimizer='muon' is for the matrices of a base"),
+    (dict(adapter='lora', init_from='base', prune=0.5), 'the weights are frozen'),
+    (dict(adapter='lora', init_from='base', weights_dtype='bfloat16', dtype='bfloat16'), 'use base_format'),
+    (dict(adapter='lora', init_from='base', matmul='sparse24'), 'matmul=sparse24 rounds the weights'),
+    (dict(adapter='lora', init_from='base', matmul='fp8', base_format='nf4'), 'leave one of them out'),
+    (dict(adapter='lora', init_from='base', base_format='int4'), "base_format='int4' is not known"),
+    (dict(adapter='lora', init_from='base', base_format='bfloat16'), 'needs matmuls in it, but dtype is float32'),
+    (dict(adapter='prefix', init_from='base'), 'num_virtual_tokens=16 leaves no room in block_size=16'),
+    (dict(adapter='prompt', init_from='base', num_virtual_tokens=4), 'use --block_size=12'),
+    (dict(adapter='lora', init_from='base', adapter_r=0), 'adapter_r=0 must be at least 1'),
+    (dict(adapter='lora', init_from='base', adapter_dropout=1), 'adapter dropout 1.0 must be in'),
+    (dict(adapter_from='nothere', init_from='base'), 'nothere is no adapter: it has no adapter_config.json'),
+    (dict(base_format='nf4'), 'base_format and base are for the base of an adapter'),
 ])
 def test_bad_input_is_refused_and_nothing_overwritten(project, overrides, message):
     write_tokens(project.folder / 'data' / 'chars', [1] * 99, [1] * 99, vocab_size=2,
                  tokenizer={'kind': 'chars', 'chars': ['b', 'c']})
     os.mkdir('out')
+    if overrides.get('init_from') == 'base':
+        project.train(out_dir='base', max_iters=1)
     if overrides.get('init_from') != 'resume':
         for name in ('ckpt.pt', 'best.pt', 'log.jsonl'):
             (project.folder / 'out' / name).write_text('precious')

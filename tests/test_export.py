@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+from conftest import options, write_tokens
+
+import adapter_files
+import checkpoint
+from configurator import InputError
+from model import GPT
+
+
+@pytest.fixture
+def tuned(project):
+    """A project with a base and three low-rank adapters, a dora and a bottleneck, trained on other bytes than it."""
+    ids = np.arange(3000) * 11 % 40 + 60
+    write_tokens(project.folder / 'data' / 'new', ids[:2500], ids[2500:])
+    project.train(out_dir='base', max_iters=10)
+    for name, method, more in (('a', 'lora', {}), ('b', 'lora', dict(seed=1)), ('v', 'vera', {}), ('d', 'dora', {}),
+                               ('q', 'lora', dict(base_format='nf4')), ('w', 'bottleneck', {})):
+        project.train(out_dir=name, adapter=method, adapter_r=3, init_from='base', dataset='new', learning_rate=0.1,
+                      max_iters=4, **more)
+    project.export = lambda **keys: project._in_process('export.py', options(keys))[1]
+    return project
+
+
+IDS = torch.randint(60, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS, IDS)[0]
+
+
+def with_adapter(*folders):
+    """Logits of the base with an adapter as it was trained, or the base alone."""
+    loaded = [adapter_files.read(folder) for folder in folders]
+    model = adapter_files.load_base(loaded)[0] if folders else GPT.from_checkpoint('base')[0]
+    for adapter, folder in zip(loaded, folders, strict=True):
+        adapter_files.put_to(model, adapter, folder)
+    return logits(model)
+
+
+@pytest.mark.parametrize('name', ['a', 'v', 'd', 'q'])
+def test_merged(tuned, name):
+    out = tuned.export(to='merged', adapters=name, dest='merged')
+    model, saved = GPT.from_checkpoint('merged')
+    torch.testing.assert_close(logits(model), with_adapter(name), atol=1e-5, rtol=1e-5)
+    assert f'{model.n_params():,} parameters' in out and (with_adapter(name) - with_adapter()).abs().max() > 0.1
+    greedy = dict(start='FMT', temperature=0)
+    assert tuned.sample(out_dir='merged', **greedy) == tuned.sample(adapter=name, init_from='base', **greedy)
+    tuned.train(init_from='merged', dataset='new', max_iters=1, out_dir='further')  # all weights of it can be trained
+    tuned.export(to='merged', adapters=name, dest='half', dtype='bfloat16')
+    assert all(w.dtype == torch.bfloat16 for w in checkpoint.load('half/ckpt.pt')['model'].values())
+
+
+def test_added_and_subtracted(tuned):
+    tuned.export(to='merged', adapters='a,v', weights='1,0.5', dest='both')
+    tuned.export(to='merged', adapters='v', weights='-0.5', out_dir='both', dest='a-alone')
+    torch.testing.assert_close(logits(GPT.from_checkpoint('a-alone')[0]), with_adapter('a'), atol=1e-5, rtol=1e-5)
+    tuned.export(to='peft', adapters='a,v,b', weights='1,0.5,-2', dest='stacked')
+    tuned.export(to='merged', adapters='a,v,b', weights='1,0.5,-2', dest='merged')
+    stacked, merged = with_adapter('stacked'), logits(GPT.from_checkpoint('merged')[0])
+    torch.testing.assert_close(stacked, merged, atol=1e-5, rtol=1e-5)
+    assert adapter_files.read('stacked').config.r == 9
+    tuned.train(init_from='base', adapter_from='stacked', dataset='new', max_iters=1, out_dir='further')
+    tuned.export(to='peft', adapters='d', dest='d-again')
+    assert torch.equal(with_adapter('d-again'), with_adapter('d'))
+
+
+@pytest.mark.parametrize('keys, message', [
+    (dict(to='gguf'), "to='gguf' is not known"), (dict(adapters=''), 'adapters is empty'),
+    (dict(dest=''), 'dest is empty'),
+    (dict(weights='1,2'), 'are 2, adapters 1'), (dict(weights='x'), 'must be numbers'),
+    (dict(dtype='int8'), "dtype='int8' is not known"), (dict(dest='base'), 'base has a ckpt.pt already'),
+    (dict(to='peft', dest='a'), 'a has a adapter_config.json already'), (dict(adapters='nothere'), 'is no adapter'),
+    (dict(adapters='w'), 'bottleneck is not linear: it cannot be merged'),
+    (dict(adapters='d', weights='-1'), 'd is a dora, which is no sum'), (dict(adapters='a,q'), 'in float32, another'),
+    (dict(to='peft', adapters='a,d'), 'dora is no product of two small matrices'),
+    (dict(out_dir='other'), 'another base than other'),
+])
+def test_what_cannot_be_exported(tuned, keys, message):
+    tuned.train(out_dir='other', max_iters=1, seed=5)
+    with pytest.raises(InputError, match=message):
+        tuned.export(**dict(to='merged', adapters='a', dest='dest') | keys)
+    assert not (tuned.folder / 'dest').exists()
