@@ -7,6 +7,7 @@ Measure: one suite at a time, each a file in bench/. What is not a key of this s
   python bench.py --suite=speed --peer=../nanoGPT
   python bench.py --suite=matmul --widths=768,1024,2048,4096
   python bench.py --suite=formats config/speedrun_cpu.py --dataset=shakespeare_char
+  python bench.py --suite=adapters config/finetune_lora.py
 
 race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
           nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds. It
@@ -16,6 +17,8 @@ ablation  a config, and the same without one of its parts: val loss and time, ov
 speed     this trainer and another on the same token files: ms per iteration, tokens per second of training and sampling
 matmul    a Linear by each recipe of train.py's key `matmul`, at several widths: time, errors, memory kept for backward
 formats   a config by each recipe and number format: val loss, time and memory, over seeds
+adapters  a finetuning by each kind of adapter and by all weights, at the best of several learning rates: val loss, time
+          and memory, over seeds; a step of each with 124M parameters; what it costs to serve a batch of many adapters
 """
 
 import importlib
@@ -28,7 +31,7 @@ import hardware
 from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation, speed, matmul or formats
+suite = ''  # race, sweep, ablation, speed, matmul, formats or adapters
 runs = 3  # of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the figures as JSON, and a picture beside it where the suite draws one; '': results/<suite>.json
 # race and speed
@@ -37,9 +40,9 @@ peer = ''  # the folder of the other trainer
 peer_args = 'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=145 --eval_interval=2000 \
 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 \
 --lr_decay_iters=2000 --dropout=0.0'  # what the peer's train.py is called with: nanoGPT's README command for a CPU
-# sweep
-steps = 5  # training steps of each micro-batch
-# matmul and formats
+# sweep and adapters
+steps = 5  # training steps of each micro-batch, or of each adapter with 124M parameters
+# matmul, formats and adapters
 recipes = ''  # these rows alone, separated by commas, or all of a recipe's; '': all
 # matmul
 widths = '768,1024,2048,4096'  # of a square Linear; the largest take longest
@@ -50,7 +53,7 @@ config, given = configure(globals(), pass_on=for_train)
 
 folder = os.path.dirname(os.path.abspath(__file__))
 if not suite or not os.path.exists(os.path.join(folder, 'bench', f'{suite}.py')):
-    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul or formats')
+    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats or adapters')
 dest = dest or os.path.join('results', f'{suite}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, options
 
+import adapters
 import bench.ablation
+import bench.adapters
 import bench.formats
 import bench.matmul
 import bench.sweep
@@ -249,3 +251,82 @@ def test_every_recipe_has_its_rows_of_keys_that_train_has():
 def test_bad_input(project, run_bench, argv, message):
     with pytest.raises(InputError, match=message):
         project._in_process('bench.py', ['--dest=figures.json', *argv])
+
+
+FINETUNE = options({k: v for k, v in TINY.items() if k not in ('out_dir', 'n_layer', 'n_head', 'n_embd', 'block_size')}
+                   | dict(init_from='base', block_size=12, adapter='lora', adapter_r=2, num_virtual_tokens=4))
+
+
+def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench, monkeypatch):
+    project.train(out_dir='base', max_iters=30, eval_interval=30)
+    monkeypatch.setattr(bench.adapters, 'RATES', {'full': (1e-3, 1e-2), 'lora': (1e-1, 3e-1), 'dora': (1e-2,)})
+    monkeypatch.setattr(bench.adapters, 'SHAPE', bench.adapters.SHAPE | dict(n_layer=2, n_head=2, n_embd=32,
+                                                                             vocab_size=256, block_size=96))
+    monkeypatch.setattr(bench.adapters, 'DECODED', 3)
+    train = process.own
+
+    def own(script, args):
+        if '--adapter=dora' in args:
+            raise InputError('out of GPU memory\n  in: train.py')
+        if '--learning_rate=0.3' in args:
+            raise InputError('the loss or its gradient is not finite at iter 2: stopped')
+        return train(script, args)
+    monkeypatch.setattr(process, 'own', own)
+    measured, out = run_bench('--suite=adapters', '--runs=2', '--steps=2', '--recipes=lora,dora', *FINETUNE)
+    figures = measured['figures']
+
+    rows = figures['finetuning']
+    assert list(rows) == list(figures['step_124m']) == ['full', 'lora', 'dora']
+    assert rows['dora'] == figures['step_124m']['dora'] == {'failed': 'out of GPU memory'}
+    full, lora = rows['full'], rows['lora']
+    # 0.3 diverged; every other rate, also those by which the list was widened, was trained at
+    assert [rate for row in (full, lora) for rate, loss in
+            zip(row['learning_rates'], row['val_loss_by_rate'], strict=True) if loss is None] == [0.3]
+    assert len(full['learning_rates']) > 2 and len(lora['learning_rates']) > 2
+    for row in (full, lora):
+        known = {rate: loss for rate, loss in zip(row['learning_rates'], row['val_loss_by_rate'], strict=True) if loss}
+        assert row['best_rate'] == min(known, key=known.get) and row['val_loss'][0] == min(known.values())
+        assert row['best_at_end'] == (row['best_rate'] in (row['learning_rates'][0], row['learning_rates'][-1]))
+        assert not row['best_at_end'] or len(row['learning_rates']) == 4  # widened twice
+        assert row['mean'] == pytest.approx(sum(row['val_loss']) / 2)
+        assert row['difference'] == pytest.approx(row['mean'] - full['mean'])
+        assert row['speed_ratio'] == pytest.approx(full['ms_per_step'] / row['ms_per_step'])
+    project.train(**dict(arg[2:].split('=') for arg in FINETUNE) | dict(seed=2, learning_rate=lora['best_rate'],
+                                                                        out_dir='again'))
+    assert lora['val_loss'][1] == min(e['val_loss'] for e in runlog.read_run('again', '').evals[1:])
+    assert lora['file_bytes'] == (project.folder / 'again' / 'adapter_model.safetensors').stat().st_size
+    assert full['file_bytes'] == 4 * full['parameters'] and f'{lora["difference"]:+.4f}' in out
+    assert (project.folder / 'figures.png').exists()
+
+    # A and B beside each block's Linears, (96, 32), (32, 32), (128, 32), (32, 128)
+    steps = figures['step_124m']
+    for found, r in ((rows, 2), (steps, bench.adapters.RANK)):
+        assert found['full']['share'] == 1 and found['lora']['trained'] == 2 * r * (128 + 64 + 160 + 160)
+        assert found['lora']['share'] == found['lora']['trained'] / found['lora']['parameters']
+        assert 16 * found['full']['trained'] == found['full']['training_bytes']
+        assert found['lora']['training_bytes'] == 4 * found['lora']['parameters'] + 12 * found['lora']['trained']
+    assert steps['lora']['speed_ratio'] == steps['full']['ms_per_step'] / steps['lora']['ms_per_step']
+    # the base has as many positions more as there are virtual tokens
+    assert steps['lora']['parameters'] - steps['lora']['trained'] == steps['full']['parameters'] + 4 * 32
+
+    served = figures['serving']
+    assert list(served['dtypes']) == ['float32'] and served['load_s'] > 0
+    assert served['file_bytes'] == pytest.approx(4 * steps['lora']['trained'], rel=0.1)
+    for what in ('T=1', 'T=64'):
+        row = served['dtypes']['float32'][what]
+        assert row['ratio'] == row['adapters_s'] / row['base_s'] > 0
+
+
+def test_every_adapter_is_measured_by_keys_that_train_has():
+    rows = bench.adapters.ROWS
+    assert {row['adapter'] for row in rows.values()} == {'', *adapters.METHODS}
+    assert rows.keys() == bench.adapters.RATES.keys()
+    for row in rows.values():
+        config, _ = resolve(f'{ROOT}/train.py', options(bench.adapters.RESET | row))
+        assert config['adapter'] == row['adapter'] and config['base_format'] == row.get('base_format', 'float32')
+    assert all(a < b for rates in bench.adapters.RATES.values() for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_adapters_need_a_base(run_bench):
+    with pytest.raises(InputError, match="init_from='scratch': name the base"):
+        run_bench('--suite=adapters', *TRAIN)
