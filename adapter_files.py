@@ -10,6 +10,7 @@ of the tensors' file also says of which base the adapter is (a hash of its weigh
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -36,6 +37,9 @@ FIELDS = {
 }
 TYPES = {'lora': 'LORA', 'dora': 'LORA', 'vera': 'VERA', 'bottleneck': 'BOTTLENECK', 'prompt': 'PROMPT_TUNING',
          'prefix': 'PREFIX_TUNING'}
+# train.py's keys -> AdapterConfig's fields
+KEYS = {'adapter': 'method', 'adapter_r': 'r', 'adapter_targets': 'target_modules', 'adapter_dropout': 'dropout',
+        'lora_alpha': 'lora_alpha', 'use_rslora': 'use_rslora', 'num_virtual_tokens': 'num_virtual_tokens'}
 # keys with the values that they may have. An initialisation that has changed the base is not among them
 ALLOWED = {'task_type': (None, 'CAUSAL_LM'), 'bias': ('none',), 'num_transformer_submodules': (None, 1),
            'init_lora_weights': (True, False, 'gaussian', 'eva', 'orthogonal'), 'use_dora': (True, False),
@@ -67,6 +71,21 @@ class Adapter:
         return cls(**saved | {'config': AdapterConfig(**saved['config'])}, tensors=tensors)
 
 
+def from_keys(keys):
+    """The AdapterConfig that train.py's keys describe."""
+    fields = {field: keys[key] for key, field in KEYS.items()}
+    if re.fullmatch(r'[\w.,]+', fields['target_modules'] or ''):  # names, and no regular expression
+        fields['target_modules'] = fields['target_modules'].split(',')
+    return AdapterConfig(**fields)
+
+
+def to_keys(config):
+    """The other way: those of the keys that mean something to the method."""
+    known = ('method', *FIELDS[TYPES[config.method]])
+    values = {key: getattr(config, field) for key, field in KEYS.items() if field in known}
+    return {key: ','.join(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
 def fingerprint(model):
     """SHA-256 of a model's weights: their names, shapes and values."""
     digest = hashlib.sha256()
@@ -83,18 +102,24 @@ def check_base(adapter, found, source):
                          f'{adapter.base_hash[:12]}; this one has {found[:12]})')
 
 
-def load_base(adapters, source=None):
+def load_base(adapters, source=None, or_merged=False):
     """
     (model, what else its checkpoint holds): the base of the adapters, in the format in which it was held when they were
-    trained. source: where it lies; None: where the first of them says. Raises InputError.
+    trained, with the hash of its weights as 'merged_from'. source: where it lies; None: where the first of them says.
+    or_merged: it may also be what others were merged into before. Raises InputError.
     """
     source = source or adapters[0].base
     if not source:
         raise InputError('the adapter does not say where its base is: give its name or folder as init_from')
     model, saved = GPT.from_checkpoint(source)
-    found = saved.get('merged_from') or fingerprint(model)  # of what adapters were merged into, the first base counts
+    if or_merged and all(adapter.base_hash == saved.get('merged_from', '-') for adapter in adapters):
+        if any(adapter.config.method == 'dora' for adapter in adapters):
+            raise InputError(f'{source} has been merged into already, and a dora needs the rows of its base')
+        return model, saved
+    found = fingerprint(model)
     for adapter in adapters:
         check_base(adapter, found, source)
+        adapter.base, adapter.base_hash = source, found
         if adapter.base_format != adapters[0].base_format:
             raise InputError(f'of the adapters one is of a base in {adapters[0].base_format}, another of one in '
                              f'{adapter.base_format}')
@@ -226,8 +251,8 @@ def read(folder):
             tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except (ValueError, SafetensorError) as e:
         raise InputError(f'{folder}: the adapter is damaged: {str(e)[:100]}') from None
-    return Adapter(_config(settings, os.path.join(folder, CONFIG)), tensors,
-                   settings.get('base_model_name_or_path') or '', metadata.get('base_hash', ''),
+    config = _config(settings, os.path.join(folder, CONFIG))
+    return Adapter(config, tensors, str(settings.get('base_model_name_or_path') or ''), metadata.get('base_hash', ''),
                    metadata.get('base_format', 'float32'), settings.get('num_attention_heads'))
 
 
@@ -239,7 +264,8 @@ def _config(settings, source):
     for key, value in settings.items():
         if key in ALLOWED:
             if value not in ALLOWED[key]:
-                raise InputError(f'{source} has {key}={value!r}: only {ALLOWED[key][-1]!r} can be used here')
+                raise InputError(f'{source} has {key}={value!r}: known here are '
+                                 f'{", ".join(map(repr, ALLOWED[key]))}')
         elif value and key not in known and key not in WITHOUT_EFFECT:
             raise InputError(f'{source} has {key}={value!r}, which this project has not')
     if 'target_modules' in known and not settings.get('target_modules'):

@@ -172,29 +172,34 @@ class nf4_matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         with torch.autocast(grad.device.type, enabled=False):
-            return grad @ NF4(*ctx.saved_tensors).decode(ctx.shape, grad.dtype), *[None] * 5
+            return grad @ NF4(*ctx.saved_tensors).decode(ctx.shape, grad.dtype), *[None] * 6
 
 
 def hold_base(model, base_format, dtype):
     """
     Round the model's matrices to base_format and, as far as the run's dtype allows, hold them in it: 'nf4' the blocks'
     Linears, and the tables and the head in bfloat16; 'bfloat16' all. In a run in another dtype than bfloat16 what is
-    rounded to bfloat16 stays in float32. 'float32' rounds nothing that a product would not round: in a 16-bit run the
-    blocks' Linears are held in its dtype, and not cast anew in every step.
+    rounded to bfloat16 stays in float32.
     """
     if base_format not in BASE_FORMATS:
         raise InputError(f'base_format={base_format!r} is not known: use {", ".join(BASE_FORMATS)}')
     if base_format == 'nf4':
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, nn.Linear) and name.startswith('transformer.h.'):
-                model.set_submodule(name, NF4Linear(layer))
+        linears = [name for name, layer in model.named_modules()
+                   if isinstance(layer, nn.Linear) and name.startswith('transformer.h.')]
+        for name in linears:  # each is free to go when the next one is encoded
+            model.set_submodule(name, NF4Linear(model.get_submodule(name)))
     if base_format != 'float32':
         hold_in_bfloat16(model)
         if dtype != 'bfloat16':
             model.float()
-    elif dtype != 'float32':
-        for layer in layers(model):
-            layer.weight.data = layer.weight.to(DTYPES[dtype])
+
+
+def hold_linears_in(model, dtype):
+    """
+    Hold the blocks' frozen Linears in the run's dtype, to which autocast would otherwise round them in every product.
+    """
+    for layer in layers(model):
+        layer.weight.data = layer.weight.to(DTYPES[dtype])
 
 
 # Methods that stand beside a Linear
@@ -280,7 +285,7 @@ class DoRA(LoRA):
     def delta(self):
         weight = self.base.weight.float()
         merged = weight + self.scale * self.B @ self.A
-        return merged * (self.m / merged.norm(dim=1))[:, None] - weight
+        return merged * (self.m / merged.norm(dim=1).clamp(min=1e-10))[:, None] - weight
 
     low_rank = BesideLinear.low_rank
 
@@ -449,7 +454,7 @@ def method_of(part):
 
 
 def attach(model, config):
-    """Freeze the model, and put an untrained adapter to it. Raises InputError if the model has no place for it."""
+    """Freeze the model, on the CPU, and put an untrained adapter to it. Raises InputError if it has no place for it."""
     model.requires_grad_(False)
     METHODS[config.method].attach(model, config)
 
@@ -510,7 +515,7 @@ class Batched(nn.Module):
     def __init__(self, base, slots, r, dtype):
         super().__init__()
         n_out, n_in = base.weight.shape
-        self.base = base
+        self.base, self.A, self.B = base, None, None
         options = {'dtype': dtype, 'device': base.weight.device}
         self.slots_A, self.slots_B = torch.zeros(slots, n_in, r, **options), torch.zeros(slots, r, n_out, **options)
 
@@ -528,9 +533,9 @@ class Bank:
 
     def __init__(self, model, adapters, dtype):
         """adapters: of each its low-rank matrices, name of a Linear -> (A, B); dtype: that of matmuls."""
-        r = max(len(A) for matrices in adapters for A, _ in matrices.values())
+        self.r = max(len(A) for matrices in adapters for A, _ in matrices.values())
         names = dict.fromkeys(name for matrices in adapters for name in matrices)
-        self.parts = {name: Batched(model.get_submodule(name), len(adapters) + 1, r, dtype) for name in names}
+        self.parts = {name: Batched(model.get_submodule(name), len(adapters) + 1, self.r, dtype) for name in names}
         for name, part in self.parts.items():
             model.set_submodule(name, part)
         for slot, matrices in enumerate(adapters, 1):
@@ -542,9 +547,9 @@ class Bank:
         if not matrices.keys() <= self.parts.keys():
             raise InputError(f'the adapter has {min(matrices.keys() - self.parts.keys())}, which none of those had '
                              f'that the bank was made for')
-        rank, room = max(len(A) for A, _ in matrices.values()), next(iter(self.parts.values())).slots_A.size(2)
-        if rank > room:
-            raise InputError(f'the adapter has rank {rank}, the bank room for {room}')
+        rank = max(len(A) for A, _ in matrices.values())
+        if rank > self.r:
+            raise InputError(f'the adapter has rank {rank}, the bank room for {self.r}')
         for name, part in self.parts.items():
             part.slots_A[slot], part.slots_B[slot] = 0, 0
             if name in matrices:
@@ -555,7 +560,7 @@ class Bank:
         """slots: for each row of the batches to come the slot of its adapter."""
         for part in self.parts.values():
             chosen = part.slots_A[slots], part.slots_B[slots]
-            if hasattr(part, 'A') and part.A.shape == chosen[0].shape:
+            if part.A is not None and part.A.shape == chosen[0].shape:
                 part.A.copy_(chosen[0])
                 part.B.copy_(chosen[1])
             else:

@@ -75,9 +75,10 @@ def find(source):
     return None
 
 
-def load(path):
+def load(path, mmap=False):
     """
-    The checkpoint at `path`, on the CPU: at least 'model', 'model_args' and 'iter_num'.
+    The checkpoint at `path`, on the CPU: at least 'model', 'model_args' and 'iter_num'. mmap: a tensor is read from the
+    file when it is used.
 
     Raises InputError for a file that is missing, cut off, not a checkpoint, or that would run code when unpickled.
     """
@@ -85,7 +86,7 @@ def load(path):
         raise InputError(f'no checkpoint {path}: train first, or set out_dir to a folder that has one')
     try:
         with warnings.catch_warnings(action='ignore'):  # about what else a damaged file might be
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as e:  # what torch raises for a damaged file is not documented
         if isinstance(e, pickle.UnpicklingError) and 'GLOBAL' in str(e):
             raise InputError(f'{path} holds more than tensors and plain values, and loading it could run code: '

@@ -19,7 +19,7 @@ from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
 to = ''  # peft or merged
-dest = ''  # the folder to write, which must not hold such files yet
+dest = ''  # the folder to write, which must not hold a model or an adapter yet
 adapters = ''  # folders of adapters, peft's or out_dirs of runs, separated by commas
 weights = ''  # what each of them is multiplied by, -1 to subtract it; '': 1 each
 out_dir: str | None = None  # their base: an out_dir, or a name or folder as for init_from; None: where the first says
@@ -42,12 +42,12 @@ if len(factors) != len(folders):
     raise InputError(f'weights={weights!r} are {len(factors)}, adapters {len(folders)}')
 if not dest:
     raise InputError('dest is empty: name the folder to write')
-for name in {'peft': (adapter_files.CONFIG, adapter_files.WEIGHTS), 'merged': ('ckpt.pt', 'best.pt')}[to]:
+for name in ('ckpt.pt', 'best.pt', adapter_files.CONFIG, adapter_files.WEIGHTS):
     if os.path.exists(os.path.join(dest, name)):
         raise InputError(f'{dest} has a {name} already: choose another dest')
 
 loaded = [adapter_files.read(folder) for folder in folders]
-model, saved = adapter_files.load_base(loaded, out_dir)
+model, saved = adapter_files.load_base(loaded, out_dir, or_merged=to == 'merged')
 if to == 'peft':
     adapter = loaded[0]
     if factors != [1.0]:

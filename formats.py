@@ -308,6 +308,7 @@ class NF4(NamedTuple):
     sizes: torch.Tensor  # int8
     scales: torch.Tensor  # float32
     mean: torch.Tensor  # float32
+    grid: torch.Tensor  # NF4_GRID, on the same device
 
     @classmethod
     def encode(cls, x):
@@ -315,17 +316,17 @@ class NF4(NamedTuple):
         x = x.detach().float().flatten()
         blocks = F.pad(x, (0, -len(x) % NF4_BLOCK)).view(-1, NF4_BLOCK)
         size = blocks.abs().amax(-1)
-        middles = (NF4_GRID[1:] + NF4_GRID[:-1]) / 2
-        codes = torch.bucketize(blocks / size.clamp(min=1e-30)[:, None], middles.to(x.device), out_int32=True)
+        grid = NF4_GRID.to(x.device, copy=True)
+        middles = (grid[1:] + grid[:-1]) / 2
+        codes = torch.bucketize(blocks / size.clamp(min=1e-30)[:, None], middles, out_int32=True)
         mean = size.mean()
         groups = F.pad(size - mean, (0, -len(size) % NF4_GROUP)).view(-1, NF4_GROUP)
         scales = groups.abs().amax(-1).clamp(min=1e-30) / 127
         sizes = (groups / scales[:, None]).round().to(torch.int8).flatten()[:len(size)]
-        return cls(pack(codes.flatten(), 4), sizes, scales, mean)
+        return cls(pack(codes.flatten(), 4), sizes, scales, mean, grid)
 
     def decode(self, shape, dtype=torch.float32):
-        grid = NF4_GRID.to(self.packed.device)
-        pairs = torch.stack([grid.repeat(16), grid.repeat_interleave(16)], dim=1)  # of each byte
+        pairs = torch.stack([self.grid.repeat(16), self.grid.repeat_interleave(16)], dim=1)  # of each byte
         padded = F.pad(self.sizes.float(), (0, -len(self.sizes) % NF4_GROUP)).view(-1, NF4_GROUP)
         size = (padded * self.scales[:, None] + self.mean).flatten()[:len(self.sizes)]
         values = F.embedding(self.packed.int(), pairs).view(-1, NF4_BLOCK) * size[:, None]

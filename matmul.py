@@ -251,7 +251,7 @@ def block_matmul(multiply, rate, block):
             with torch.autocast(g.device.type, enabled=False):
                 g = g / (1 - rate)
                 return (multiply.dgrad(g, w.to(g.dtype), keep, block),
-                        multiply.wgrad(g, x, keep, block).to(w.dtype))
+                        multiply.wgrad(g, x, keep, block).to(w.dtype) if ctx.needs_input_grad[1] else None)
 
     return BlockMatmul
 

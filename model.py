@@ -419,7 +419,8 @@ class GPT(nn.Module):
         path = checkpoint.find(source) or source
         if not path.endswith('.pt'):
             return cls.from_pretrained(source, overrides), {}
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, mmap=True)
+        saved.pop('optimizer', None)  # which is then never read
         if 'adapter' in saved:
             raise InputError(f"{path} holds an adapter alone: give its base, and the adapter's folder as an adapter")
         model = cls(GPTConfig.from_saved(saved['model_args'], **overrides))

@@ -60,14 +60,19 @@ hardware.prepare(device)
 # model and tokenizer
 if adapter and adapters:
     raise InputError('adapter and adapters are both given: name all of them in adapters, or one in adapter')
-folders = [name for name in (adapters or adapter).split(',') if name]
-source = init_from
-if init_from == 'resume':
-    source = checkpoint.find(out_dir) or os.path.join(out_dir, 'ckpt.pt')
-if not folders and init_from == 'resume' and os.path.exists(os.path.join(out_dir, adapter_files.CONFIG)):
+if adapter_ids and not adapters:
+    raise InputError('adapter_ids are numbers of adapters: give those')
+folders = adapters.split(',') if adapters else [adapter] if adapter else []
+source = init_from  # of the model, or of the adapters' base; None: as they say
+if init_from != 'resume':
+    if 'out_dir' in given and not folders:
+        folders = [out_dir]
+elif not folders and os.path.exists(os.path.join(out_dir, adapter_files.CONFIG)):
     folders, source = [out_dir], None
-elif folders and init_from == 'resume' and 'out_dir' not in given:
+elif folders and 'out_dir' not in given:
     source = None
+else:
+    source = checkpoint.find(out_dir) or os.path.join(out_dir, 'ckpt.pt')
 if folders:
     loaded = [adapter_files.read(folder) for folder in folders]
     model, saved = adapter_files.load_base(loaded, source)
@@ -96,6 +101,7 @@ elif folders:
     if loaded[0].config.method in ('lora', 'dora', 'vera'):  # no slower than the base
         merge(model)
 decode_base(model)
+model.requires_grad_(True)  # autocast keeps what it has cast of such weights alone
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
 model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size))
@@ -139,10 +145,11 @@ if not ids:
     raise InputError('start is empty, and this tokenizer has no token to begin a text with: give at least a character')
 prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
 greedy = temperature == 0 or top_k == 1
+context = model.config.block_size - model.n_virtual
 if window_step is None:
-    window_step = 1 if greedy else max(1, model.config.block_size // 8)
-if not 1 <= window_step <= model.config.block_size:
-    raise InputError(f'window_step={window_step} must be from 1 to block_size={model.config.block_size}')
+    window_step = 1 if greedy else max(1, context // 8)
+if not 1 <= window_step <= context:
+    raise InputError(f'window_step={window_step} must be from 1 to block_size={context}')
 
 # draw: all samples in one batch, of which the first streams to the terminal
 generator = torch.Generator(device).manual_seed(seed)
@@ -163,5 +170,5 @@ for name, row in zip(names[1:], torch.stack(new, dim=1)[1:].tolist(), strict=Tru
     print(name + start + text.decode(row))
     print('---------------')
 drawn = len(new) * num_samples
-print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}); beyond {model.config.block_size} '
+print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}); beyond {context} '
       f'tokens the context moves {window_step} at a time', file=sys.stderr)

@@ -9,7 +9,6 @@ Train or finetune a GPT on one GPU, on several, or on a CPU.
 import glob
 import math
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import checkpoint
 import hardware
 import optim
 import tokenizer
-from adapters import AdapterConfig, attach, hold_base, low_rank_Bs, training_bytes
+from adapters import attach, hold_base, hold_linears_in, low_rank_Bs, training_bytes
 from configurator import InputError, configure, describe, inherit
 from loader import Tokens, TrainBatches, eval_batches
 from matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
@@ -207,8 +206,10 @@ if adapter or adapter_from:
                                               f'leave one of them out')):
         if refused:
             raise InputError(why)
-elif base_format != 'float32' or base:
-    raise InputError('base_format and base are for the base of an adapter: set adapter')
+elif base_format != 'float32':
+    raise InputError(f'base_format={base_format} is for the base of an adapter: set adapter')
+if base and not (resuming and adapter):
+    raise InputError(f'base={base} says where the base of a resumed adapter is; otherwise init_from does')
 if prune_start > prune_end:
     raise InputError(f'prune_start={prune_start} must not be above prune_end={prune_end}')
 for key, below in {'beta1': 1, 'beta2': 1, 'muon_momentum': 1, 'prune': 1, 'seed': 2 ** 31}.items():
@@ -295,11 +296,19 @@ elif adapter_from:
     if 'base_format' not in given:
         base_format = config['base_format'] = trained.base_format
 elif adapter:
-    targets = adapter_targets and (adapter_targets.split(',') if re.fullmatch(r'[\w.,]+', adapter_targets) else
-                                   adapter_targets)
-    trained = adapter_files.Adapter(AdapterConfig(
-        adapter, r=adapter_r, lora_alpha=lora_alpha, use_rslora=use_rslora, dropout=adapter_dropout,
-        target_modules=targets, num_virtual_tokens=num_virtual_tokens), {}, base_format=base_format)
+    trained = adapter_files.Adapter(adapter_files.from_keys(config), {}, base_format=base_format)
+if trained:
+    if 'adapter_dropout' in given:
+        trained.config.dropout = adapter_dropout
+    own = adapter_files.to_keys(trained.config)
+    for key, value in own.items() if adapter_from and not resuming else ():
+        if key in given and config[key] not in (None, '', value):
+            raise InputError(f'{adapter_from} has {key}={value}, but this run asks for {config[key]}: leave {key} out')
+    config |= own
+    adapter = own['adapter']
+    base_path = checkpoint.find(init_from)
+    if base_path and not eval_only and os.path.realpath(out_dir) == os.path.realpath(os.path.dirname(base_path)):
+        raise InputError(f'out_dir={out_dir} is where the base is, which the adapter needs: choose another out_dir')
 if resuming and not trained:
     model = GPT(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
     checkpoint.load_weights(model, resumed['model'], ckpt_path)
@@ -351,8 +360,9 @@ if trained:
     trained.base, found = init_from, adapter_files.fingerprint(model)
     adapter_files.check_base(trained, found, init_from)
     trained.base_hash, trained.base_format = found, base_format
-    # a recipe rounds the weights by itself
-    hold_base(model, base_format, 'float32' if matmul and base_format == 'float32' else dtype)
+    hold_base(model, base_format, dtype)
+    if base_format == 'float32' and not matmul:  # a recipe rounds float32 weights by itself
+        hold_linears_in(model, dtype)
     if trained.tensors:
         adapter_files.put_to(model, trained, ckpt_path if resuming else adapter_from)
     else:
@@ -362,7 +372,6 @@ if trained:
         raise InputError(f'block_size={block_size} and {model.n_virtual} virtual tokens are more than the '
                          f'{model.config.block_size} positions of {init_from}: use --block_size='
                          f'{model.config.block_size - model.n_virtual}')
-    adapter = config['adapter'] = trained.config.method
     hardware.give_back_memory()
 model.use_attention(attn_backend)
 if checkpoint_activations:
@@ -500,7 +509,7 @@ def save(best):
     weights, of_adapter = raw_model.state_dict(), {}
     if trained:
         weights, of_adapter = adapter_files.tensors_of(raw_model), {'adapter': trained.to_save()}
-        if best or not os.path.exists(os.path.join(out_dir, adapter_files.WEIGHTS)):
+        if best or best_iter == 0:  # the best, or as long as none is better than the base, the newest
             adapter_files.write(out_dir, replace(trained, tensors=weights), raw_model.config)
     checkpoint.save(out_dir, {
         **of_adapter, 'model': weights, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),

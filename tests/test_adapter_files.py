@@ -384,7 +384,10 @@ def test_another_base_is_refused(hf, tmp_path):
     with pytest.raises(InputError, match='another base'):
         load_base([replace(made, base_hash=''), made])
     checkpoint.save(str(tmp_path), state | {'model': base(2).state_dict(), 'merged_from': made.base_hash}, best=False)
-    assert load_base([made])[1]['merged_from'] == made.base_hash
+    assert load_base([made], or_merged=True)[1]['merged_from'] == made.base_hash
+    for one, either in ((made, False), (replace(made, config=AdapterConfig('dora')), True)):
+        with pytest.raises(InputError, match='another base|a dora needs the rows'):
+            load_base([one], or_merged=either)
     with pytest.raises(InputError, match='another base'):
         check_base(made, fingerprint(base(2)), 'it')
     with pytest.raises(InputError, match='init_from'):

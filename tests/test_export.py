@@ -48,7 +48,12 @@ def test_merged(tuned, name):
     assert f'{model.n_params():,} parameters' in out and (with_adapter(name) - with_adapter()).abs().max() > 0.1
     greedy = dict(start='FMT', temperature=0)
     assert tuned.sample(out_dir='merged', **greedy) == tuned.sample(adapter=name, init_from='base', **greedy)
-    tuned.train(init_from='merged', dataset='new', max_iters=1, out_dir='further')  # all weights of it can be trained
+    # it is a base as others are
+    tuned.train(init_from='merged', dataset='new', max_iters=1, out_dir='further')
+    tuned.train(init_from='merged', dataset='new', max_iters=1, adapter='lora', out_dir='beside')
+    assert len(tuned.sample(out_dir='beside', **greedy)) > 20
+    with pytest.raises(InputError, match='another base than merged'):
+        tuned.sample(adapter=name, out_dir='merged')
     tuned.export(to='merged', adapters=name, dest='half', dtype='bfloat16')
     assert all(w.dtype == torch.bfloat16 for w in checkpoint.load('half/ckpt.pt')['model'].values())
 
@@ -57,6 +62,10 @@ def test_added_and_subtracted(tuned):
     tuned.export(to='merged', adapters='a,v', weights='1,0.5', dest='both')
     tuned.export(to='merged', adapters='v', weights='-0.5', out_dir='both', dest='a-alone')
     torch.testing.assert_close(logits(GPT.from_checkpoint('a-alone')[0]), with_adapter('a'), atol=1e-5, rtol=1e-5)
+    tuned.export(to='merged', adapters='q', dest='q-merged')  # into NF4's decoded weights, which stay as they are
+    tuned.export(to='merged', adapters='q', weights='-1', out_dir='q-merged', dest='q-base')
+    q_base = adapter_files.load_base([adapter_files.read('q')])[0]
+    torch.testing.assert_close(logits(GPT.from_checkpoint('q-base')[0]), logits(q_base), atol=1e-5, rtol=1e-5)
     tuned.export(to='peft', adapters='a,v,b', weights='1,0.5,-2', dest='stacked')
     tuned.export(to='merged', adapters='a,v,b', weights='1,0.5,-2', dest='merged')
     stacked, merged = with_adapter('stacked'), logits(GPT.from_checkpoint('merged')[0])
@@ -67,19 +76,21 @@ def test_added_and_subtracted(tuned):
     assert torch.equal(with_adapter('d-again'), with_adapter('d'))
 
 
-@pytest.mark.parametrize('keys, message', [
-    (dict(to='gguf'), "to='gguf' is not known"), (dict(adapters=''), 'adapters is empty'),
-    (dict(dest=''), 'dest is empty'),
-    (dict(weights='1,2'), 'are 2, adapters 1'), (dict(weights='x'), 'must be numbers'),
-    (dict(dtype='int8'), "dtype='int8' is not known"), (dict(dest='base'), 'base has a ckpt.pt already'),
-    (dict(to='peft', dest='a'), 'a has a adapter_config.json already'), (dict(adapters='nothere'), 'is no adapter'),
-    (dict(adapters='w'), 'bottleneck is not linear: it cannot be merged'),
-    (dict(adapters='d', weights='-1'), 'd is a dora, which is no sum'), (dict(adapters='a,q'), 'in float32, another'),
-    (dict(to='peft', adapters='a,d'), 'dora is no product of two small matrices'),
-    (dict(out_dir='other'), 'another base than other'),
-])
-def test_what_cannot_be_exported(tuned, keys, message):
+def test_what_cannot_be_exported(tuned):
     tuned.train(out_dir='other', max_iters=1, seed=5)
-    with pytest.raises(InputError, match=message):
-        tuned.export(**dict(to='merged', adapters='a', dest='dest') | keys)
-    assert not (tuned.folder / 'dest').exists()
+    tuned.export(to='peft', adapters='a', dest='only')
+    for keys, message in (
+            (dict(to='gguf'), "to='gguf' is not known"), (dict(adapters=''), 'adapters is empty'),
+            (dict(dest=''), 'dest is empty'), (dict(weights='1,2'), 'are 2, adapters 1'),
+            (dict(weights='x'), 'must be numbers'), (dict(dtype='int8'), "dtype='int8' is not known"),
+            (dict(dest='base'), 'base has a ckpt.pt already'),
+            (dict(dest='a'), 'a has a ckpt.pt already'), (dict(to='peft', dest='only'), 'has a adapter_config.json'),
+            (dict(adapters='nothere'), 'nothere is no adapter'),
+            (dict(adapters='w'), 'bottleneck is not linear: it cannot be merged'),
+            (dict(adapters='d', weights='-1'), 'd is a dora, which is no sum'),
+            (dict(adapters='a,q'), 'in float32, another'),
+            (dict(to='peft', adapters='a,d'), 'dora is no product of two small matrices'),
+            (dict(out_dir='other'), 'another base than other')):
+        with pytest.raises(InputError, match=message):
+            tuned.export(**dict(to='merged', adapters='a', dest='dest') | keys)
+        assert not (tuned.folder / 'dest').exists()

@@ -1,0 +1,24 @@
+# Finetune a base on a small text by LoRA: 1.7 % of the weights are trained, and the file is half a megabyte.
+#
+# Needs: out-pystdlib (python train.py config/train_pystdlib.py), or --init_from= another base.
+# 24 s of training, and nearly as long for evaluating, on 2 threads of an Intel Xeon (with AMX, bfloat16), 2026-11-21:
+# 204,800 tokens, val loss 1.359 nats per byte (the base: 1.490), spread 0.001 over 3 seeds; 17.4 MB of weights,
+# gradients and moments.
+
+out_dir = 'out-lora'
+init_from = 'out-pystdlib'
+dataset = 'pydoc'
+prepare_data = True
+eval_interval = 25
+eval_iters = 30
+log_interval = 25
+
+gradient_accumulation_steps = 1
+batch_size = 8
+block_size = 128
+
+adapter = 'lora'
+adapter_r = 5
+learning_rate = 0.001
+max_iters = 200
+warmup_iters = 20
