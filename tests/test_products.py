@@ -1,6 +1,7 @@
 import pytest
 import torch
 from test_matmul import apart, tensors, through
+from torch.utils.flop_counter import FlopCounterMode
 
 import products
 from formats import E4M3, Encoded, Format
@@ -44,7 +45,7 @@ def test_each_level_of_strassen_costs_accuracy_and_saves_products():
     exact = a.double() @ b.double().T
     errors = [apart(products._strassen(a, b, levels), exact) for levels in range(4)]
     assert all(1.5 < after / before < 4 for before, after in zip(errors, errors[1:], strict=False))
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         products._strassen(a, b, 2)
     assert counter.get_total_flops() == 2 * 256 ** 3 * (7 / 8) ** 2
 
