@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from adapters import LINEARS, AdapterConfig, VeRA, attach, hold_base, parts
+import checkpoint
+from adapters import AdapterConfig, LoRA, VeRA, attach, hold_base, parts
 from configurator import InputError
+from hf_files import LINEARS, RMS_EPS
 from model import GPT
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -172,8 +175,7 @@ def put_to(model, adapter, source):
 
 def low_rank(model_config, adapter, source):
     """The adapter as name of a Linear -> (A, B), its change of that weight being B A. Raises InputError."""
-    with torch.device('meta'):
-        skeleton = GPT(model_config)
+    skeleton = GPT.skeleton(model_config)
     put_to(skeleton, adapter, source)
     if skeleton.n_virtual:
         raise InputError(f'{source}: virtual tokens change no weights: they cannot be stacked, nor share a batch')
@@ -204,17 +206,53 @@ def stack(model_config, adapters, weights, sources):
     return replace(adapters[0], config=config, tensors=tensors)
 
 
-def write(folder, adapter, model_config):
-    """Write the adapter's two files into `folder`. model_config: its base's. Raises InputError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def for_family(model_config, adapter, family, source):
+    """
+    The adapter for its base as hf_files writes it. Low-rank ones are cut where the base's Linears are, and all parts
+    have one rank and alpha = r, which all software understands. Raises InputError where it cannot be.
+    """
+    method = adapter.config.method
+    if method == 'bottleneck':
+        raise InputError(f'{source} is a bottleneck, which peft has not')
+    if family.transposed:  # the names are the same
+        return adapter
+    if method == 'prompt' and model_config.embd_norm:  # which has become part of the table
+        virtual = adapter.tensors['prompt_embeddings'].float()
+        return replace(adapter, tensors={'prompt_embeddings': F.rms_norm(virtual, virtual.shape[1:], eps=RMS_EPS)})
+    if method in ('prompt', 'prefix'):
+        return adapter
+    skeleton = GPT.skeleton(model_config)
+    put_to(skeleton, adapter, source)
+    low_rank = {name: LoRA.low_rank(part) if method == 'dora' else part.low_rank() for name, part in parts(skeleton)}
+    r, tensors, targets = max(len(A) for A, _ in low_rank.values()), {}, []
+    for name, (A, B) in low_rank.items():
+        theirs, factor, pad = family.linears(name), family.factor(name, model_config), r - len(A)
+        targets += theirs
+        for target, rows in zip(theirs, torch.arange(len(B)).chunk(len(theirs)), strict=True):
+            tensors |= {f'{PREFIX}{target}.lora_A.weight': F.pad(A, (0, 0, 0, pad)),
+                        f'{PREFIX}{target}.lora_B.weight': F.pad(B[rows] * factor, (0, pad))}
+            if method == 'dora':
+                m = skeleton.get_submodule(name).m.detach()
+                tensors[f'{PREFIX}{target}.lora_magnitude_vector'] = m[rows] * factor
+    kinds = sorted({target.rsplit('.', 1)[1] for target in targets})
+    everywhere = len(targets) == len(kinds) * model_config.n_layer
+    config = AdapterConfig('dora' if method == 'dora' else 'lora', r=r, lora_alpha=float(r),
+                           target_modules=kinds if everywhere else targets)
+    return replace(adapter, config=config, tensors=tensors)
+
+
+def write(folder, adapter, model_config, fan_in_fan_out=None):
+    """
+    Write the adapter's two files into `folder`. model_config: its base's. fan_in_fan_out: whether its base in
+    transformers holds the transpose of a Linear; None: as GPT-2's does, if that is the architecture. Raises InputError.
+    """
     config = adapter.config
     kind = TYPES[config.method]
     settings = {'peft_type': kind, 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': adapter.base,
                 'inference_mode': True, **{key: getattr(config, field) for field, key in FIELDS[kind].items()}}
     if kind in ('LORA', 'VERA'):
-        # of GPT-2's Linears transformers holds the transpose
-        settings |= {'bias': 'none', 'fan_in_fan_out': model_config.arch == 'gpt2'}
+        settings |= {'bias': 'none',
+                     'fan_in_fan_out': model_config.arch == 'gpt2' if fan_in_fan_out is None else fan_in_fan_out}
     if kind == 'LORA':
         settings['use_dora'] = config.method == 'dora'
     if kind == 'VERA':
@@ -224,23 +262,23 @@ def write(folder, adapter, model_config):
                      'num_attention_heads': model_config.n_head, 'num_transformer_submodules': 1}
     if config.method == 'prefix':
         settings |= {'prefix_projection': False, 'encoder_hidden_size': model_config.n_embd}
-    metadata = {'format': 'pt', 'base_hash': adapter.base_hash, 'base_format': adapter.base_format}
+    metadata = {'base_hash': adapter.base_hash, 'base_format': adapter.base_format}
     paths = {name: os.path.join(folder, name) for name in (CONFIG, WEIGHTS)}
     try:
         os.makedirs(folder, exist_ok=True)
-        save_file({name: tensor.cpu().float().contiguous() for name, tensor in adapter.tensors.items()},
-                  paths[WEIGHTS] + '.tmp', metadata)
         with open(paths[CONFIG] + '.tmp', 'w', encoding='utf-8') as f:
             json.dump(settings, f, indent=2)
-        for path in paths.values():
-            os.replace(path + '.tmp', path)
-    except (OSError, SafetensorError) as e:
+        checkpoint.save_tensors(paths[WEIGHTS], dict.items, adapter.tensors, torch.float32, metadata)
+        os.replace(paths[CONFIG] + '.tmp', paths[CONFIG])
+    except OSError as e:
         raise InputError(f'could not write an adapter to {folder}: {e}') from None
 
 
 def read(folder):
     """The Adapter in `folder`. Raises InputError."""
     from safetensors import SafetensorError, safe_open
+    if not os.path.isdir(folder):
+        raise InputError(f'there is no folder {folder!r} with an adapter')
     for name in (CONFIG, WEIGHTS):
         if not os.path.isfile(os.path.join(folder, name)):
             raise InputError(f'{folder} is no adapter: it has no {name}')

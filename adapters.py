@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from configurator import InputError
 from formats import NF4
 from hardware import DTYPES
+from hf_files import LINEARS
 from matmul import hold_in_bfloat16, layers, matmul_dtype
 from model import GPT, KVCache
 
-LINEARS = ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')  # of a block
 BASE_FORMATS = ('float32', 'bfloat16', 'nf4')
 NUMBER = (int, float)
 KINDS = {  # of AdapterConfig's fields, and of what they contain

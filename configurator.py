@@ -209,7 +209,7 @@ def _convert(name, value, kinds, from_text, source):
 
 def _help(doc, keys):
     lines = [(doc or '').strip(), '', 'Keys (set in a config file, or as --key=value):']
-    heading = None
+    heading = ''
     for name, key in keys.items():
         if key.heading != heading:
             heading = key.heading

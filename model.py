@@ -8,15 +8,20 @@ parts modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt), nanochat 
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode
 
 import checkpoint
+import hf_files
+import tokenizer
 from configurator import InputError
+from hf_files import RMS_EPS
 
 ARCHITECTURES = {
     'gpt2': dict(bias=True, norm='layernorm', positions='learned', qk_norm=False, activation='gelu', tied=True,
@@ -86,6 +91,26 @@ class GPTConfig:
         return {k: v for k, v in asdict(self).items() if k != 'loss_chunk' and absent.get(k) != v}
 
 
+def read(source, **overrides):
+    """
+    (GPTConfig, name -> tensor, what else its checkpoint holds) of a model; a tensor is read from the file when it is
+    used. source: an out_dir, a checkpoint, a folder in Hugging Face's format, or a name that is downloaded. overrides:
+    GPTConfig keys that do not shape the weights. Raises InputError.
+    """
+    path = checkpoint.find(source) or source
+    if not path.endswith('.pt'):
+        model_args, weights, family, folder = hf_files.read(source)
+        # a GPT-2 without a tokenizer has GPT-2's, if it is OpenAI's, or a folder's and large enough
+        is_gpt2s = (family == 'gpt2' and (os.path.isdir(source) or '/' not in source)
+                    and model_args['vocab_size'] >= tokenizer.GPT2_VOCAB)
+        described = tokenizer.read_folder(folder, tokenizer.GPT2 if is_gpt2s else None)
+        return GPTConfig(**model_args | overrides), weights, {'tokenizer': described}
+    saved = checkpoint.load(path, mmap=True)
+    if 'adapter' in saved:
+        raise InputError(f"{path} holds an adapter alone: give its base, and the adapter's folder as an adapter")
+    return GPTConfig.from_saved(saved['model_args'], **overrides), saved.pop('model'), saved
+
+
 def sdpa(q, k, v, dropout):
     """
     Causal attention by torch's fused kernels. q: (B, H, T, hd); k, v: (B, H, S, hd), of which q's are the last T
@@ -116,7 +141,6 @@ def math_attention(q, k, v, dropout):
 
 
 ATTENTION = {'sdpa': sdpa, 'math': math_attention}
-RMS_EPS = 1e-6
 
 
 class rms_norm(torch.autograd.Function):
@@ -193,7 +217,9 @@ class Rotary(nn.Module):
     def __init__(self, config, base=10000.0):
         super().__init__()
         hd = config.n_embd // config.n_head
-        angles = torch.outer(torch.arange(config.block_size), base ** -(torch.arange(0, hd, 2) / hd))[:, None, None]
+        # on the CPU also where the weights are on the meta device, until they are loaded
+        positions, dims = (torch.arange(*span, device='cpu') for span in ((config.block_size,), (0, hd, 2)))
+        angles = torch.outer(positions, base ** -(dims / hd))[:, None, None]
         self.register_buffer('cos', angles.cos().repeat(1, 1, 1, 2), persistent=False)  # (T, 1, 1, hd)
         self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
 
@@ -221,7 +247,7 @@ class Smear(nn.Module):
         if cache:
             cache.last_embedding = x[:, -1:]
         gate = torch.sigmoid(self.gate(x[..., :self.gate.in_features]))
-        return x + gate * torch.cat([before, x[:, :-1]], dim=1)
+        return x + gate * torch.cat([before, x], dim=1)[:, :-1]
 
 
 def layer_norm(config):
@@ -288,6 +314,13 @@ class CheckpointedBlock(Block):
         if not torch.is_grad_enabled():
             return super().forward(x, cache)
         return torch.utils.checkpoint.checkpoint(super().forward, x, cache, use_reentrant=False)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out nn.init.normal_(), of which the meta device has no kernel, but a second's worth of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is nn.init.normal_ else func(*args, **kwargs or {})
 
 
 class GPT(nn.Module):
@@ -411,56 +444,27 @@ class GPT(nn.Module):
             self.transformer.wpe = LearnedPositions.from_pretrained(kept, freeze=False)
 
     @classmethod
+    def skeleton(cls, config):
+        """A model whose weights have names and shapes alone, on the meta device: it takes neither time nor memory."""
+        with torch.device('meta'), _Undrawn():
+            return cls(config)
+
+    @classmethod
     def from_checkpoint(cls, source, **overrides):
-        """
-        (model, what else its checkpoint holds). source: an out_dir, a checkpoint, or what from_pretrained() takes.
-        overrides: GPTConfig keys that do not shape the weights. Raises InputError.
-        """
-        path = checkpoint.find(source) or source
-        if not path.endswith('.pt'):
-            return cls.from_pretrained(source, overrides), {}
-        saved = checkpoint.load(path, mmap=True)
-        saved.pop('optimizer', None)  # which is then never read
-        if 'adapter' in saved:
-            raise InputError(f"{path} holds an adapter alone: give its base, and the adapter's folder as an adapter")
-        model = cls(GPTConfig.from_saved(saved['model_args'], **overrides))
-        checkpoint.load_weights(model, saved.pop('model'), path)
+        """(model, what else its checkpoint holds) of what read() takes."""
+        config, weights, saved = read(source, **overrides)
+        model = cls.skeleton(config)
+        checkpoint.load_weights(model, weights, source)
         return model, saved
 
     @classmethod
     def from_pretrained(cls, source, override_args=None):
         """
-        GPT-2 weights from Hugging Face: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', any repository's name, or a
-        folder with config.json and model.safetensors. override_args: GPTConfig keys that do not shape the weights.
-        Raises InputError for what is not a GPT-2.
+        The model of 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', another repository's name, or a folder with
+        config.json and model.safetensors. override_args: GPTConfig keys that do not shape the weights. Raises
+        InputError.
         """
-        hf, weights = checkpoint.load_hf(source)
-        for key in ('model_type', 'n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if key not in hf:
-                raise InputError(f'{source}: config.json has no {key}, so it is no GPT-2')
-        for key, needed in {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
-                            'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}.items():
-            if hf.get(key, needed) != needed:
-                raise InputError(f'{source}: config.json has {key}={hf[key]!r}; only {needed!r} can be loaded')
-        activation = {'gelu': 'gelu', 'gelu_new': 'gelu_new', 'gelu_pytorch_tanh': 'gelu_new'}.get(
-            hf.get('activation_function', 'gelu_new'))
-        if activation is None or hf.get('n_inner') not in (None, 4 * hf['n_embd']):
-            raise InputError(f'{source}: config.json has activation_function={hf.get("activation_function")!r} and '
-                             f'n_inner={hf.get("n_inner")!r}; only GELU and 4 x n_embd can be loaded')
-        tied = hf.get('tie_word_embeddings', True)
-        model = cls(GPTConfig(**{**dict(
-            block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'], n_head=hf['n_head'],
-            n_embd=hf['n_embd'], bias=True, activation=activation, tied=tied), **(override_args or {})}))
-        # older files leave out the prefix and hold the causal masks as buffers
-        weights = {k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v
-                   for k, v in weights.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
-        if tied and 'transformer.wte.weight' in weights:
-            weights['lm_head.weight'] = weights['transformer.wte.weight']
-        for name in weights:  # Hugging Face's Conv1D holds the transpose of a Linear's weight
-            if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-                weights[name] = weights[name].t()
-        checkpoint.load_weights(model, weights, source)
-        return model
+        return cls.from_checkpoint(source, **override_args or {})[0]
 
     def new_cache(self, batch, positions):
         """An empty KVCache for sequences of so many tokens."""

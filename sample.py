@@ -62,7 +62,7 @@ if adapter and adapters:
     raise InputError('adapter and adapters are both given: name all of them in adapters, or one in adapter')
 if adapter_ids and not adapters:
     raise InputError('adapter_ids are numbers of adapters: give those')
-folders = adapters.split(',') if adapters else [adapter] if adapter else []
+folders = [folder.strip() for folder in adapters.split(',')] if adapters else [adapter] if adapter else []
 source = init_from  # of the model, or of the adapters' base; None: as they say
 if init_from != 'resume':
     if 'out_dir' in given and not folders:
@@ -72,28 +72,15 @@ elif not folders and os.path.exists(os.path.join(out_dir, adapter_files.CONFIG))
 elif folders and 'out_dir' not in given:
     source = None
 else:
-    source = checkpoint.find(out_dir) or os.path.join(out_dir, 'ckpt.pt')
+    exported = os.path.isfile(os.path.join(out_dir, 'config.json'))
+    source = checkpoint.find(out_dir) or (out_dir if exported else os.path.join(out_dir, 'ckpt.pt'))
 if folders:
     loaded = [adapter_files.read(folder) for folder in folders]
     model, saved = adapter_files.load_base(loaded, source)
     source = source or loaded[0].base
 else:
     model, saved = GPT.from_checkpoint(source, dropout=0.0)
-described, recipe = saved.get('tokenizer'), saved.get('matmul', '')
-if saved and described is None:  # nanoGPT's checkpoints name only the dataset
-    dataset = dataset or saved.get('config', {}).get('dataset', '')
-if dataset:
-    data_dir = os.path.join('data', dataset)
-    if 'dataset' in given and not os.path.isdir(data_dir):
-        raise InputError(f'there is no folder {data_dir}: set dataset to one whose tokenizer the model has')
-    described = tokenizer.read_meta(data_dir)['tokenizer']
-elif described is None:
-    described = tokenizer.GPT2
-text = tokenizer.from_dict(described)
-if text.vocab_size > model.config.vocab_size:
-    raise InputError(f'{source} has {model.config.vocab_size} ids, the tokenizer {described["kind"]} '
-                     f'{text.vocab_size}: set dataset to the folder in data/ that the model was trained on')
-model.config.n_ids = min(model.config.n_ids, text.vocab_size)
+text, recipe = tokenizer.of_model(saved, dataset, model.config, source), saved.get('matmul', '')
 if adapters:
     low_rank = [adapter_files.low_rank(model.config, *of_one) for of_one in zip(loaded, folders, strict=True)]
 elif folders:
@@ -170,5 +157,5 @@ for name, row in zip(names[1:], torch.stack(new, dim=1)[1:].tolist(), strict=Tru
     print(name + start + text.decode(row))
     print('---------------')
 drawn = len(new) * num_samples
-print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}); beyond {context} '
-      f'tokens the context moves {window_step} at a time', file=sys.stderr)
+beyond = f'; beyond {context} tokens the context moves {window_step} at a time' * (len(ids) + len(new) > context)
+print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}){beyond}', file=sys.stderr)

@@ -1,19 +1,23 @@
 """
-Text to token ids and back: bytes, characters, tiktoken's encodings; and text to the token files that training reads.
+Text to token ids and back: bytes, characters, tiktoken's encodings, Hugging Face's tokenizer.json; and text to the
+token files that training reads.
 
-A tokenizer is described by a small dict of plain values (`to_dict`), which lies in a data folder's meta.json and in
-every checkpoint, so that sampling needs nothing else. Every tokenizer has
+A tokenizer is described by a dict of plain values (`to_dict`), which lies in a data folder's meta.json and in every
+checkpoint, so that sampling needs nothing else. Every tokenizer has
 
     vocab_size              ids are 0 .. vocab_size - 1
     eot                     the id that ends a text, or None
     encode(text) -> ids     raises InputError for text it cannot represent
     to_bytes(ids) -> bytes  UTF-8, cut anywhere: one token may be part of a character
     decode(ids) -> text     with U+FFFD where the bytes are no text
+    to_json() -> dict       the content of a tokenizer.json that encodes and decodes in the same way
 """
 
+import hashlib
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 
@@ -21,7 +25,9 @@ from configurator import InputError
 
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}  # what files that name no tokenizer are taken for, as nanoGPT does
 GPT2_VOCAB = 50257
+END_OF_TEXT = '<|endoftext|>'
 ASSUMED_META = {'tokenizer': GPT2, 'vocab_size': GPT2_VOCAB, 'dtype': 'uint16'}  # of a folder with neither meta file
+OWN_KEY = 'sologpt'  # in tokenizer_config.json: what to_dict() says
 
 
 class Tokenizer:
@@ -41,6 +47,10 @@ class Bytes(Tokenizer):
 
     def to_dict(self):
         return {'kind': 'bytes'}
+
+    def to_json(self):
+        # an id has one token: byte 0's is the special one, as which a text's own is taken before bytes are looked at
+        return _byte_level({'\0': 0} | {BYTE_CHARS[i]: i for i in range(1, 256)}, [], {'\0': 0})
 
 
 class Chars(Tokenizer):
@@ -65,6 +75,11 @@ class Chars(Tokenizer):
     def to_dict(self):
         return {'kind': 'chars', 'chars': self.chars}
 
+    def to_json(self):
+        # an unknown character is an error there too, for the token that it would be is unknown itself
+        return _tokenizer_json({'type': 'WordLevel', 'vocab': self.ids, 'unk_token': '<unk>'},
+                               _split(r'[\s\S]'), {'type': 'Fuse'}, {})
+
 
 class Tiktoken(Tokenizer):
     """A BPE by tiktoken's name for it ('gpt2', 'cl100k_base', ...); downloads its ranks once, then caches them."""
@@ -82,13 +97,155 @@ class Tiktoken(Tokenizer):
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
+        return self.encoding.encode(text, allowed_special={END_OF_TEXT})
 
     def to_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
 
     def to_dict(self):
         return {'kind': 'tiktoken', 'name': self.name}
+
+    def to_json(self):
+        # tiktoken's own names for what an encoding is made of, which its documentation uses as well
+        ranks, special = self.encoding._mergeable_ranks, self.encoding._special_tokens
+        # tiktoken joins any two neighbours that together are a token, of the lowest rank first
+        merges = [(rank, token[:i], token[i:]) for token, rank in ranks.items() for i in range(1, len(token))
+                  if token[:i] in ranks and token[i:] in ranks]
+        merges = [f'{_chars(left)} {_chars(right)}' for _, left, right in sorted(merges, key=lambda merge: merge[0])]
+        # the expression in the terms of Oniguruma: there a counted repetition followed by + is repeated itself, and $
+        # is the end of a line. None of the possessive repetitions in these expressions changes what they match
+        pattern = re.sub(r'([?+*]|\{[\d,]+\})\+', r'\1', self.encoding._pat_str).replace('$', r'\z')
+        return _byte_level({_chars(token): rank for token, rank in ranks.items()} | special, merges, special, pattern)
+
+
+class HuggingFace(Tokenizer):
+    """A tokenizer.json: byte-level BPE, or tokens that stand for themselves. Raises InputError for others."""
+
+    def __init__(self, text, eot=None):
+        """text: the file's; eot: the id that ends a text."""
+        import tokenizers
+        try:
+            content = json.loads(text)
+            # what would put tokens before or after each text, cut it off or fill it up
+            content |= {'post_processor': None, 'truncation': None, 'padding': None}
+            self.text, self.eot = json.dumps(content, ensure_ascii=False, separators=(',', ':')), eot
+            self.backend = tokenizers.Tokenizer.from_str(self.text)
+            decoder, kind = (content.get('decoder') or {}).get('type'), content['model'].get('type')
+        except Exception as e:  # tokenizers raises nothing more precise
+            raise InputError(f'it is damaged or of another version: {str(e)[:100]}') from None
+        if decoder not in ('ByteLevel', 'Fuse') or kind not in ('BPE', 'WordLevel') or not content['model']['vocab']:
+            raise InputError(f'its model is {kind} and its decoder {decoder}: known are byte-level BPE, as of GPT-2, '
+                             f'and words (or characters) that stand for themselves, WordLevel and Fuse')
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size, self.bytes = max(ids.values()) + 1, {}
+        for token, i in ids.items():
+            in_bytes = all(c in CHAR_BYTES for c in token) and decoder == 'ByteLevel'
+            self.bytes[i] = bytes(CHAR_BYTES[c] for c in token) if in_bytes else token.encode()
+
+    @classmethod
+    def from_file(cls, path, eot_token=END_OF_TEXT):
+        """eot_token: the token that ends a text; none does if it is not in the vocabulary."""
+        try:
+            with open(path, encoding='utf-8') as f:
+                tokenizer = cls(f.read())
+        except (OSError, UnicodeDecodeError, InputError) as e:
+            raise InputError(f'{path} cannot be read: {e}') from None
+        tokenizer.eot = tokenizer.backend.token_to_id(eot_token or '')
+        return tokenizer
+
+    def encode(self, text):
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # it raises nothing more precise
+            raise InputError(f'the tokenizer has no tokens for all of the text: {str(e)[:100]}') from None
+
+    def to_bytes(self, ids):
+        return b''.join(self.bytes.get(i, b'') for i in ids)
+
+    def to_dict(self):
+        return {'kind': 'json', 'json': self.text, 'eot': self.eot}
+
+    def to_json(self):
+        return json.loads(self.text)
+
+
+# Hugging Face's files
+
+# byte-level BPE writes each byte as a character that can be seen: itself, or one from 256 on
+_SEEN = [*range(ord('!'), ord('~') + 1), *range(0xa1, 0xad), *range(0xae, 0x100)]
+_UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
+CHAR_BYTES = {chr(byte): byte for byte in _SEEN} | {chr(256 + i): byte for i, byte in enumerate(_UNSEEN)}
+BYTE_CHARS = {byte: char for char, byte in CHAR_BYTES.items()}
+
+
+def _chars(token):
+    return ''.join(BYTE_CHARS[byte] for byte in token)
+
+
+def _byte_level(vocab, merges, special, pattern=None):
+    level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
+    model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
+             'vocab': vocab, 'merges': merges}
+    split = {'type': 'Sequence', 'pretokenizers': [_split(pattern), level]} if pattern else level
+    return _tokenizer_json(model, split, level, special)
+
+
+def _split(pattern):
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+
+
+def _tokenizer_json(model, pre_tokenizer, decoder, special):
+    added = [{'id': i, 'content': token, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+              'special': True} for token, i in sorted(special.items(), key=lambda item: item[1])]
+    return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
+            'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model}
+
+
+def write_folder(folder, tokenizer, block_size):
+    """tokenizer.json and tokenizer_config.json, as transformers reads them. block_size: a text's most tokens."""
+    content = tokenizer.to_json()
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
+                'model_input_names': ['input_ids', 'attention_mask'], 'clean_up_tokenization_spaces': False}
+    if tokenizer.eot is not None:
+        vocab = content['model']['vocab'] | {added['content']: added['id'] for added in content['added_tokens']}
+        settings['eos_token'] = settings['bos_token'] = next(t for t, i in vocab.items() if i == tokenizer.eot)
+    if not isinstance(tokenizer, HuggingFace):
+        # what it is here, as long as tokenizer.json is this one
+        settings[OWN_KEY] = {'tokenizer': tokenizer.to_dict(), 'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    settings = json.dumps(settings, ensure_ascii=False, indent=1)
+    for name, written in (('tokenizer.json', text), ('tokenizer_config.json', settings)):
+        with open(os.path.join(folder, name), 'w', encoding='utf-8', newline='') as f:
+            f.write(written)
+
+
+def read_folder(folder, default=None):
+    """
+    The tokenizer of a folder in Hugging Face's format, as to_dict() describes it; where it has none, the default, and
+    otherwise, or where it cannot be read, one of the kind unknown, for the model may do without.
+    """
+    paths = {name: os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')}
+    if not os.path.isfile(paths['tokenizer.json']):
+        if default and not os.path.isfile(paths['vocab.json']):
+            return default
+        return {'kind': 'unknown', 'why': f'{folder} has no tokenizer.json'}
+    eot_token = None
+    try:
+        if os.path.isfile(paths['tokenizer_config.json']):
+            with open(paths['tokenizer_config.json'], encoding='utf-8') as f:
+                settings = json.load(f)
+            if OWN_KEY in settings:
+                with open(paths['tokenizer.json'], 'rb') as f:
+                    if hashlib.sha256(f.read()).hexdigest() == settings[OWN_KEY]['sha256']:
+                        return dict(settings[OWN_KEY]['tokenizer'])
+            eot_token = settings.get('eos_token')
+            eot_token = eot_token['content'] if isinstance(eot_token, dict) else eot_token
+        return HuggingFace.from_file(paths['tokenizer.json'], eot_token).to_dict()
+    except InputError as e:
+        return {'kind': 'unknown', 'why': str(e)}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        return {'kind': 'unknown', 'why': f'{paths["tokenizer_config.json"]} is damaged ({type(e).__name__}: {e})'}
 
 
 def from_dict(described):
@@ -100,7 +257,57 @@ def from_dict(described):
         return Chars(described['chars'])
     if kind == 'tiktoken':
         return Tiktoken(described['name'])
-    raise InputError(f'unknown tokenizer {kind!r}: known are bytes, chars and tiktoken')
+    if kind == 'json':
+        return HuggingFace(described['json'], described['eot'])
+    if kind == 'unknown':
+        raise InputError(f'{described["why"]}: set dataset to a folder in data/ with the tokenizer that the model has')
+    raise InputError(f'unknown tokenizer {kind!r}: known are bytes, chars, tiktoken and json')
+
+
+def agree(described, own):
+    """
+    Whether two descriptions, that of a model (None: it names none) and that of a data folder, may be of one tokenizer,
+    of which one of them may have the tokenizer.json.
+    """
+    if described is None or described == own or described['kind'] == 'unknown':
+        return True
+    if 'json' not in (described['kind'], own['kind']):
+        return False
+    (n, some), (m, others) = (_vocabulary(one) for one in (described, own))
+    return n == m and (some.items() <= others.items() or others.items() <= some.items())
+
+
+def _vocabulary(described):
+    """(number of ids, tokens as a tokenizer.json has them -> ids); of GPT-2's, which may not be at hand, one token."""
+    if described == GPT2:
+        return GPT2_VOCAB, {'Ġthe': 262}
+    tokenizer = from_dict(described)
+    return tokenizer.vocab_size, tokenizer.to_json()['model']['vocab']
+
+
+def of_model(saved, dataset, config, source):
+    """
+    The tokenizer of a model: that of data/<dataset> if this is given, else what its checkpoint names, else GPT-2's. Ids
+    that it has not become padding in the model's GPTConfig. saved: the checkpoint of `source`. Raises InputError.
+    """
+    described = saved.get('tokenizer')
+    if dataset:
+        data_dir = os.path.join('data', dataset)
+        if not os.path.isdir(data_dir):
+            raise InputError(f'there is no folder {data_dir}: set dataset to one whose tokenizer the model has')
+        own = read_meta(data_dir)['tokenizer']
+        if not agree(described, own):
+            raise InputError(f'{source} was trained with another tokenizer than {data_dir} has: leave dataset out')
+        described = own
+    elif described is None and saved.get('config', {}).get('dataset'):  # all that nanoGPT's checkpoints name
+        described = read_meta(os.path.join('data', saved['config']['dataset']))['tokenizer']
+    described = described or GPT2
+    tokenizer = from_dict(described)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f'{source} has {config.vocab_size} ids, the tokenizer {described["kind"]} '
+                         f'{tokenizer.vocab_size}: set dataset to the folder in data/ that the model was trained on')
+    config.n_ids = min(config.n_ids, tokenizer.vocab_size)
+    return tokenizer
 
 
 def read_meta(data_dir):

@@ -323,8 +323,10 @@ else:
     if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != tokenizer.GPT2_VOCAB:
         raise InputError(f"{init_from} needs tokens of GPT-2's tokenizer, {data_dir} has {meta['vocab_size']} ids: use "
                          f"another dataset, or prepare it with gpt2")
+    if not (eval_only or checkpoint.find(init_from)) and os.path.realpath(out_dir) == os.path.realpath(init_from):
+        raise InputError(f'out_dir={out_dir} is the folder of the model that the run begins from: choose another')
     model, of_base = GPT.from_checkpoint(init_from, dropout=dropout)
-    if of_base.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+    if not tokenizer.agree(of_base.get('tokenizer'), meta['tokenizer']):
         raise InputError(f'{init_from} was trained with another tokenizer than that of {data_dir}')
     recipe = of_base.get('matmul', '')
     if recipe in RECIPES and RECIPES[recipe].latent and matmul != recipe:
@@ -333,9 +335,10 @@ else:
     for key in ARCHITECTURE:
         if key in given and key != 'block_size' and config[key] != getattr(model.config, key):
             raise InputError(f'{init_from} has {key}={getattr(model.config, key)}, but this run asks for '
-                             f'{config[key]}: leave {key} out')
+                             f'{config[key]}: give --{key}={getattr(model.config, key)}')
     if block_size > model.config.block_size:
-        raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions: lower it')
+        raise InputError(f'block_size={block_size}, but {init_from} has {model.config.block_size} positions: give '
+                         f'--block_size={model.config.block_size}')
     if not trained:
         model.crop_block_size(block_size)
 n_params, full_bytes = model.n_params(), 16 * model.n_params()
@@ -516,6 +519,7 @@ def save(best):
         'model_args': raw_model.config.to_save(), 'config': config, 'tokenizer': meta['tokenizer'],
         'dtype': {device.type: dtype}, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
         'last_eval': last_eval, 'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,
+        'tokens': iter_num * tokens_per_iter, 'data': {'name': dataset, 'source': meta.get('source', '')},
         'wandb_id': wandb_id, 'matmul': matmul_now}, best)
 
 

@@ -123,5 +123,5 @@ def test_hub_out_of_reach(monkeypatch):
     def get(repository, file):
         raise ConnectionError(f'{repository} {file}')
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', get)
-    with pytest.raises(InputError, match='downloading openai-community/gpt2-xl failed'):
+    with pytest.raises(InputError, match='downloading config.json of openai-community/gpt2-xl failed'):
         GPT.from_pretrained('gpt2-xl')

@@ -81,11 +81,13 @@ def test_what_cannot_be_exported(tuned):
     tuned.export(to='peft', adapters='a', dest='only')
     for keys, message in (
             (dict(to='gguf'), "to='gguf' is not known"), (dict(adapters=''), 'adapters is empty'),
-            (dict(dest=''), 'dest is empty'), (dict(weights='1,2'), 'are 2, adapters 1'),
-            (dict(weights='x'), 'must be numbers'), (dict(dtype='int8'), "dtype='int8' is not known"),
-            (dict(dest='base'), 'base has a ckpt.pt already'),
-            (dict(dest='a'), 'a has a ckpt.pt already'), (dict(to='peft', dest='only'), 'has a adapter_config.json'),
-            (dict(adapters='nothere'), 'nothere is no adapter'),
+            (dict(dest=''), 'dest is empty'), (dict(weights='1,2'), 'has 2 of them, and adapters 1'),
+            (dict(weights='x'), 'must be numbers'),
+            (dict(weights='nan'), 'must be numbers'), (dict(dtype='int8'), "dtype='int8' is not known"),
+            (dict(dest='base'), 'dest=base is there already'), (dict(to='peft', dest='only'), 'dest=only is there'),
+            (dict(dest='base/ckpt.pt'), 'dest=base/ckpt.pt is there already'),
+            (dict(adapters='nothere'), "no folder 'nothere'"), (dict(adapters='a, '), "no folder ''"),
+            (dict(adapters='base'), 'base is no adapter'),
             (dict(adapters='w'), 'bottleneck is not linear: it cannot be merged'),
             (dict(adapters='d', weights='-1'), 'd is a dora, which is no sum'),
             (dict(adapters='a,q'), 'in float32, another'),

@@ -53,32 +53,6 @@ def test_logits_and_greedy_text_equal_transformers(tmp_path, activation, tied, v
     assert torch.equal(ours.generate(idx[:, :5], 15, temperature=0), their_text)
 
 
-def test_modern_logits_and_text_equal_transformers():
-    """RMSNorm, rotary positions, QK-norm, ReLU squared and an untied head are Hugging Face's Apertus."""
-    ours = varied(arch='modern', vocab_size=37, n_head=4, n_embd=32, block_size=24)
-    theirs = transformers.ApertusForCausalLM(transformers.ApertusConfig(
-        vocab_size=37, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=24, hidden_act='relu2', rms_norm_eps=1e-6, eos_token_id=None,
-        rope_parameters={'rope_type': 'default', 'rope_theta': 10000.0})).eval()
-    weights = {'model.embed_tokens.weight': F.rms_norm(ours.transformer.wte.weight, (32,), eps=1e-6),
-               'lm_head.weight': ours.lm_head.weight}
-    for i, block in enumerate(ours.transformer.h):
-        layer = f'model.layers.{i}.'
-        for name, w in zip('qkv', block.attn.c_attn.weight.chunk(3), strict=True):
-            weights[f'{layer}self_attn.{name}_proj.weight'] = w
-        weights |= {f'{layer}self_attn.o_proj.weight': block.attn.c_proj.weight,
-                    f'{layer}mlp.up_proj.weight': block.mlp.c_fc.weight,
-                    f'{layer}mlp.down_proj.weight': block.mlp.c_proj.weight}
-    missing, unexpected = theirs.load_state_dict(weights, strict=False)
-    assert not unexpected and all('norm' in name for name in missing)  # their gains, which are one
-    idx = torch.randint(37, (2, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
-    their_text = theirs.generate(idx[:, :5], max_new_tokens=15, do_sample=False,
-                                 attention_mask=torch.ones(2, 5, dtype=torch.long))
-    assert torch.equal(ours.generate(idx[:, :5], 15, temperature=0), their_text)
-
-
 @pytest.mark.parametrize('key, value', [('scale_attn_by_inverse_layer_idx', True), ('n_inner', 48), ('n_embd', None),
                                         ('activation_function', 'relu'), ('model_type', 'gpt_neo')])
 def test_foreign_models_are_refused_by_name(tmp_path, key, value):

@@ -4,11 +4,13 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, options
 
 import checkpoint
+import tokenizer
 
 
 def test_own_text_from_preparation_to_sample(project):
@@ -30,6 +32,39 @@ def test_own_text_from_preparation_to_sample(project):
     first, second, rest = sampled.stdout.split('---------------\n')
     assert first == second and first.startswith('Ça va') and rest == '' and len(first.strip('\n')) == 5 + 60
     assert re.search(r'120 tokens in [\d.]+ s: \d+ tok/s', sampled.stderr)
+    # and on, from Hugging Face's files of it, on a text prepared by the tokenizer there
+    run('export.py', '--to=hf', '--dest=hf')
+    run('data/text/prepare.py', 'mine.txt', '--tokenizer=hf/tokenizer.json', '--name=again')
+    again, first = (np.fromfile(project.folder / 'data' / name / 'val.bin', '<u2') for name in ('again', 'text'))
+    assert np.array_equal(again, first)
+    run('train.py', *options(TINY | dict(dataset='again', max_iters=1, block_size=32, init_from='hf', out_dir='more')))
+    assert run('sample.py', '--out_dir=more', '--start=Ça', '--max_new_tokens=9').stdout.startswith('Ça')
+
+
+def test_a_tokenizer_of_ones_own(project):
+    for name in ('tokenizer.py', 'configurator.py', 'data/train_tokenizer.py', 'data/text/prepare.py'):
+        os.makedirs(os.path.dirname(project.folder / name), exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), project.folder / name)
+    text = 'Ça va très bien, 日本語も。\r\n\t x = 1\n' * 200
+    (project.folder / 'mine.txt').write_bytes(text.encode())
+    train_tokenizer = str(project.folder / 'data' / 'train_tokenizer.py')
+    ran = project.run(train_tokenizer, 'mine.txt', '--vocab_size=300')
+    assert re.fullmatch(r'tokenizer.json: \d+ ids, \d\.\d\d bytes of the text per token\n', ran.stdout), ran.stderr
+    bpe = tokenizer.HuggingFace.from_file('tokenizer.json')
+    assert bpe.decode(bpe.encode(text)) == text and len(bpe.encode(text)) < len(text.encode()) / 3
+    assert bpe.decode(bpe.encode('Ελλάδα <|endoftext|>')) == 'Ελλάδα <|endoftext|>' and bpe.eot is not None
+    ran = project.run(str(project.folder / 'data/text/prepare.py'), 'mine.txt', '--tokenizer=tokenizer.json')
+    assert ran.returncode == 0, ran.stderr
+    os.remove('tokenizer.json')  # it is in the data folder, and in the checkpoint
+    project.train(dataset='text', block_size=8, max_iters=3)
+    shutil.rmtree('data/text')
+    assert project.sample(start='Ça va').startswith('Ça va')
+    for argv, message in ((['nothere.txt'], 'nothere.txt cannot be read'),
+                          (['mine.txt', '--vocab_size=9'], 'at least 257'),
+                          (['mine.txt', '--dest=no/t.json'], 'cannot be written'),
+                          (['mine.txt', '--dest=mine.txt'], 'mine.txt is there already')):
+        ran = project.run(train_tokenizer, *argv)
+        assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 
 
 def test_prepared_text_is_split_by_characters(project):
@@ -44,9 +79,12 @@ def test_prepared_text_is_split_by_characters(project):
     assert (data / 'train.bin').read_bytes() == b'a\0' * 80 + b'\0\0' + b'b\0' * 10
     assert (data / 'val.bin').read_bytes() == b'b\0' * 10
     (project.folder / 'latin1.txt').write_bytes('é'.encode('latin-1'))
+    (project.folder / 'damaged.json').write_text('{')
     for argv, message in ((['nothere.txt'], 'nothere.txt cannot be read'), (['latin1.txt'], 'is not UTF-8'),
                           (['a.txt', '--val=2'], '--val=2.0 must be'),
-                          (['a.txt', '--tokenizer=gpt9'], 'invalid choice')):
+                          (['a.txt', '--tokenizer=gpt9'], '--tokenizer=gpt9 is not known'),
+                          (['a.txt', '--tokenizer=nothere.json'], 'nothere.json cannot be read'),
+                          (['a.txt', '--tokenizer=damaged.json'], 'damaged.json cannot be read')):
         ran = project.run(script, *argv)
         assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 

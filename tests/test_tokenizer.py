@@ -54,6 +54,39 @@ def test_unknown_character_is_named():
         tokenizer.Chars('abc').encode('abz')
 
 
+def test_whether_two_descriptions_agree():
+    def as_json(t):
+        return tokenizer.HuggingFace(json.dumps(t.to_json())).to_dict()
+
+    def large(the, n):  # as many ids as GPT-2 has, or nearly
+        content = tokenizer.Bytes().to_json()
+        content['model']['vocab'] |= {f'{i}': i for i in range(256, n)} | {'Ġthe': the}
+        del content['model']['vocab'][str(the)]
+        return {'kind': 'json', 'json': json.dumps(content), 'eot': None}
+    abc, acb = (tokenizer.Chars(chars) for chars in ('abc', 'acb'))
+    gpt2 = tokenizer.GPT2
+    for one, another, expected in (
+            (None, gpt2, True), ({'kind': 'unknown', 'why': ''}, gpt2, True), (gpt2, gpt2, True),
+            (abc.to_dict(), abc.to_dict(), True), (abc.to_dict(), acb.to_dict(), False),
+            ({'kind': 'bytes'}, abc.to_dict(), False), (as_json(abc), abc.to_dict(), True),
+            (abc.to_dict(), as_json(abc), True), (as_json(acb), abc.to_dict(), False),
+            (as_json(acb), as_json(abc), False), (as_json(abc), gpt2, False), (gpt2, as_json(abc), False),
+            (large(262, 50257), gpt2, True), (gpt2, large(262, 50257), True), (large(263, 50257), gpt2, False),
+            (gpt2, large(262, 50256), False)):
+        assert tokenizer.agree(one, another) is expected, (one, another)
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{', 'damaged'), ('{"version": "9"}', 'damaged'),
+    (tokenizer.Bytes().to_json() | {'decoder': {'type': 'Metaspace', 'replacement': '_', 'prepend_scheme': 'always',
+                                                'split': True}}, 'its decoder Metaspace'),
+    (tokenizer.Bytes().to_json() | {'decoder': None}, 'its decoder None'),
+    (tokenizer.Chars('').to_json(), 'its model is WordLevel')])
+def test_a_tokenizer_json_that_cannot_be_read(content, message):
+    with pytest.raises(InputError, match=message):
+        tokenizer.HuggingFace(content if isinstance(content, str) else json.dumps(content))
+
+
 def test_write_data(tmp_path):
     tokenizer.write_data(tmp_path, tokenizer.Bytes(), {'train': ['ab', 'c'], 'val': ['d']}, 'here')
     meta = tokenizer.read_meta(tmp_path)

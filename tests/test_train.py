@@ -173,7 +173,8 @@ def new(project):
 
 
 @pytest.mark.parametrize('method, arch, more', [
-    ('lora', 'gpt2', dict(dropout=0.1, adapter_dropout=0.1, loraplus_lr_ratio=4.0, use_rslora=True)),
+    ('lora', 'gpt2', dict(dropout=0.1, adapter_dropout=0.1, loraplus_lr_ratio=4.0, use_rslora=True,
+                          learning_rate=3e-3)),
     ('lora', 'modern', dict(base_format='nf4', checkpoint_activations=True)),
     ('lora', 'modern', dict(base_format='bfloat16', dtype='bfloat16')),
     ('lora', 'gpt2', dict(matmul='int8')), ('lora', 'gpt2', dict(dtype='float16')),
@@ -223,7 +224,7 @@ def test_an_adapter_is_of_its_base_alone(new, project):
     project.train(**BASE | dict(seed=1, out_dir='other'))
     project.train(adapter='lora', **ADAPT)
     os.rename('base', 'moved')
-    with pytest.raises(InputError, match="'base' is no local folder"):
+    with pytest.raises(InputError, match="no folder or checkpoint 'base'"):
         project.resume(max_iters=9)
     with pytest.raises(InputError, match='trained on another base than other'):
         project.resume(max_iters=9, base='other')
@@ -295,7 +296,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(new, project):
     for wrong, message in ((dict(adapter_ids='3'), 'must be numbers from 0 to 2'),
                            (dict(adapter_ids='x'), 'must be numbers'), (dict(adapter='lora'), 'are both given'),
                            (dict(adapter_ids='1,1', num_samples=3), 'but adapter_ids has 2 rows'),
-                           (dict(adapters='lora,nothere'), 'nothere is no adapter'),
+                           (dict(adapters='lora,nothere'), "no folder 'nothere'"),
                            (dict(adapters='', adapter_ids='1'), 'adapter_ids are numbers of adapters')):
         with pytest.raises(InputError, match=message):
             project.sample(**dict(adapters='lora,vera', num_samples=2, out_dir='base') | wrong)
@@ -550,7 +551,7 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(adapter='prompt', init_from='base', num_virtual_tokens=4), 'use --block_size=12'),
     (dict(adapter='lora', init_from='base', adapter_r=0), 'adapter_r=0 must be at least 1'),
     (dict(adapter='lora', init_from='base', adapter_dropout=1), 'adapter dropout 1.0 must be in'),
-    (dict(adapter_from='nothere', init_from='base'), 'nothere is no adapter: it has no adapter_config.json'),
+    (dict(adapter_from='nothere', init_from='base'), "no folder 'nothere' with an adapter"),
     (dict(base_format='nf4'), 'base_format=nf4 is for the base of an adapter'),
 ])
 def test_bad_input_is_refused_and_nothing_overwritten(project, overrides, message):
