@@ -8,6 +8,7 @@ Measure: one suite at a time, each a file in bench/. What is not a key of this s
   python bench.py --suite=matmul --widths=768,1024,2048,4096
   python bench.py --suite=formats config/speedrun_cpu.py --dataset=shakespeare_char
   python bench.py --suite=adapters config/finetune_lora.py
+  python bench.py --suite=export
 
 race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
           nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds. It
@@ -19,6 +20,7 @@ matmul    a Linear by each recipe of train.py's key `matmul`, at several widths:
 formats   a config by each recipe and number format: val loss, time and memory, over seeds
 adapters  a finetuning by each kind of adapter and by all weights, at the best of several learning rates: val loss, time
           and memory, over seeds; a step of each with 124M parameters; what it costs to serve a batch of many adapters
+export    GPT-2's smallest size to each form that export.py has: time and memory
 """
 
 import importlib
@@ -31,7 +33,7 @@ import hardware
 from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation, speed, matmul, formats or adapters
+suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters or export
 runs = 3  # of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the figures as JSON, and a picture beside it where the suite draws one; '': results/<suite>.json
 # race and speed
@@ -53,7 +55,8 @@ config, given = configure(globals(), pass_on=for_train)
 
 folder = os.path.dirname(os.path.abspath(__file__))
 if not suite or not os.path.exists(os.path.join(folder, 'bench', f'{suite}.py')):
-    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats or adapters')
+    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats, adapters or '
+                     f'export')
 dest = dest or os.path.join('results', f'{suite}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')

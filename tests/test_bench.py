@@ -7,6 +7,7 @@ from conftest import ROOT, TINY, options
 import adapters
 import bench.ablation
 import bench.adapters
+import bench.export
 import bench.formats
 import bench.matmul
 import bench.sweep
@@ -330,3 +331,15 @@ def test_every_adapter_is_measured_by_keys_that_train_has():
 def test_adapters_need_a_base(run_bench):
     with pytest.raises(InputError, match="init_from='scratch': name the base"):
         run_bench('--suite=adapters', *TRAIN)
+
+
+def test_export(run_bench, monkeypatch):
+    monkeypatch.setattr(bench.export, 'SIZE', dict(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    monkeypatch.setattr(bench.export, 'ROWS', [('gpt2', 'nanogpt', 'float32'), ('modern', 'hf', 'bfloat16')])
+    measured, out = run_bench('--suite=export', '--runs=1')
+    nano, hf = measured['figures']
+    assert nano['weights'] == 4 * (50304 * 8 + 16 * 8 + 12 * 64 + 9 * 8 + 6 * 8)
+    assert nano['written'] > 3 * nano['weights'] and hf['written'] > 2 * 50257 * 8 * 2  # with the moments; in 16 bits
+    assert nano['seconds'] > 0 and 'modern' in out
+    with pytest.raises(InputError, match='this suite trains nothing'):
+        run_bench('--suite=export', '--n_layer=1')
