@@ -169,7 +169,8 @@ def model_card(family, text):
         'merged in': ', '.join(saved.get('merged', [])),
         'adapters beside it': ', '.join(own_names),
     }
-    table = '\n'.join(f'| {key} | {value} |' for key, value in facts.items() if value)
+    if family.activations.get(gpt.activation) == 'xielu':
+        facts['activation'] = 'ReLU squared, as xIELU with beta = 0; the optional package `xielu` ignores that beta'
     of_training = f"""
 The config of its training:
 
@@ -177,6 +178,7 @@ The config of its training:
 {json.dumps(keys, indent=1)}
 ```
 """ if keys else ''
+    table = '\n'.join(f'| {key} | {value} |' for key, value in facts.items() if value)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

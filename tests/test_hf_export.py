@@ -365,6 +365,9 @@ def test_model_card_of_a_run_and_of_its_adapter(project):
         exporter(project)(to='hf', out_dir=source, dest=f'hf-{source}')
         card = pathlib.Path(f'hf-{source}/README.md').read_text()
         assert f'# hf-{source}\n' in card and all(words in card for words in said), card
+    save_model('modern', tokenizer.Bytes(), arch='modern')
+    exporter(project)(to='hf', out_dir='modern', dest='hf-modern')
+    assert 'package `xielu` ignores' in pathlib.Path('hf-modern/README.md').read_text()
 
 
 def test_what_cannot_be_written(project, tokenizer_of):
