@@ -2,7 +2,7 @@
 A model or an adapter in another form.
 
   python export.py --to=hf --out_dir=out-gpt --dest=out-hf                   # for transformers and what reads its files
-  python export.py --to=opt --adapters=out-lora,out-vera --dest=out-opt      # their base, and both beside it
+  python export.py --to=opt --adapters=out-lora-a,out-lora-b --dest=out-opt  # a GPT-2, their base, and both beside it
   python export.py --to=onnx --out_dir=out-quickstart --dest=out-onnx
   python export.py --to=merged --adapters=out-lora --dest=out-merged        # one model, as fast as its base
   python export.py --to=peft --adapters=out-lora,out-vera --weights=0.7,0.3 --dest=both     # one, the sum of two
