@@ -100,11 +100,12 @@ def read(source, **overrides):
     path = checkpoint.find(source) or source
     if not path.endswith('.pt'):
         model_args, weights, family, folder = hf_files.read(source)
-        # a GPT-2 without a tokenizer has GPT-2's, if it is OpenAI's, or a folder's and large enough
-        is_gpt2s = (family == 'gpt2' and (os.path.isdir(source) or '/' not in source)
-                    and model_args['vocab_size'] >= tokenizer.GPT2_VOCAB)
-        described = tokenizer.read_folder(folder, tokenizer.GPT2 if is_gpt2s else None)
-        return GPTConfig(**model_args | overrides), weights, {'tokenizer': described}
+        described = tokenizer.read_folder(folder)
+        # without one a GPT-2 may be taken for one with GPT-2's, if it is OpenAI's, or a folder's and large enough
+        if described is None and not (family == 'gpt2' and (os.path.isdir(source) or '/' not in source)
+                                      and model_args['vocab_size'] >= tokenizer.GPT2_VOCAB):
+            described = tokenizer.no_tokenizer(source)
+        return GPTConfig(**model_args | overrides), weights, {'tokenizer': described} if described else {}
     saved = checkpoint.load(path, mmap=True)
     if 'adapter' in saved:
         raise InputError(f"{path} holds an adapter alone: give its base, and the adapter's folder as an adapter")

@@ -220,16 +220,14 @@ def write_folder(folder, tokenizer, block_size):
             f.write(written)
 
 
-def read_folder(folder, default=None):
+def read_folder(folder):
     """
-    The tokenizer of a folder in Hugging Face's format, as to_dict() describes it; where it has none, the default, and
-    otherwise, or where it cannot be read, one of the kind unknown, for the model may do without.
+    The tokenizer of a folder in Hugging Face's format, as to_dict() describes it, or None if it has none; one of the
+    kind unknown if it cannot be read, for the model may do without.
     """
     paths = {name: os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')}
     if not os.path.isfile(paths['tokenizer.json']):
-        if default and not os.path.isfile(paths['vocab.json']):
-            return default
-        return {'kind': 'unknown', 'why': f'{folder} has no tokenizer.json'}
+        return no_tokenizer(folder) if os.path.isfile(paths['vocab.json']) else None
     eot_token = None
     try:
         if os.path.isfile(paths['tokenizer_config.json']):
@@ -246,6 +244,10 @@ def read_folder(folder, default=None):
         return {'kind': 'unknown', 'why': str(e)}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         return {'kind': 'unknown', 'why': f'{paths["tokenizer_config.json"]} is damaged ({type(e).__name__}: {e})'}
+
+
+def no_tokenizer(source):
+    return {'kind': 'unknown', 'why': f'{source} has no tokenizer.json'}
 
 
 def from_dict(described):
@@ -269,9 +271,9 @@ def agree(described, own):
     Whether two descriptions, that of a model (None: it names none) and that of a data folder, may be of one tokenizer,
     of which one of them may have the tokenizer.json.
     """
-    if described is None or described == own or described['kind'] == 'unknown':
+    if described is None or described == own or described.get('kind') == 'unknown':
         return True
-    if 'json' not in (described['kind'], own['kind']):
+    if 'json' not in (described.get('kind'), own['kind']):
         return False
     (n, some), (m, others) = (_vocabulary(one) for one in (described, own))
     return n == m and (some.items() <= others.items() or others.items() <= some.items())

@@ -212,7 +212,7 @@ def test_tokenizers_that_are_not_known(tmp_path):
     opt(vocab_size=50272).save_pretrained(tmp_path / 'opt')  # as large as GPT-2's, and another
     assert model_py.read(str(tmp_path / 'opt'))[2]['tokenizer']['kind'] == 'unknown'
     gpt2(vocab_size=50257).save_pretrained(tmp_path / 'gpt2')
-    assert model_py.read(str(tmp_path / 'gpt2'))[2]['tokenizer'] == tokenizer.GPT2
+    assert model_py.read(str(tmp_path / 'gpt2'))[2] == {}  # GPT-2's, unless data with another are named
 
 
 def test_from_the_hub(tmp_path, monkeypatch):
