@@ -454,6 +454,7 @@ class GPT(nn.Module):
     def from_checkpoint(cls, source, **overrides):
         """(model, what else its checkpoint holds) of what read() takes."""
         config, weights, saved = read(source, **overrides)
+        saved.pop('optimizer', None)  # which would keep the file open
         model = cls.skeleton(config)
         checkpoint.load_weights(model, weights, source)
         return model, saved

@@ -310,7 +310,7 @@ if trained:
     if base_path and not eval_only and os.path.realpath(out_dir) == os.path.realpath(os.path.dirname(base_path)):
         raise InputError(f'out_dir={out_dir} is where the base is, which the adapter needs: choose another out_dir')
 if resuming and not trained:
-    model = GPT(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
+    model = GPT.skeleton(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
     checkpoint.load_weights(model, resumed['model'], ckpt_path)
 elif init_from == 'scratch':
     vocab_size = meta['vocab_size']
