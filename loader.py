@@ -8,7 +8,6 @@ another number of processes, reads the same tokens.
 """
 
 import bisect
-import glob
 import itertools
 import os
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from configurator import InputError
+from tokenizer import paths_of
 
 
 class Tokens:
@@ -23,8 +23,7 @@ class Tokens:
 
     def __init__(self, data_dir, split, meta, block_size, n_ids=None):
         """meta: from tokenizer.read_meta. n_ids: ids from here up are refused (default: the tokenizer's vocabulary)."""
-        paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{split}.bin'))
-                       or glob.glob(os.path.join(glob.escape(data_dir), f'{split}_[0-9]*.bin')))
+        paths = paths_of(data_dir, split)
         if not paths:
             raise InputError(f'no {split}.bin in {data_dir}: run python {data_dir}/prepare.py')
         self.dtype = np.dtype('<u2' if meta['dtype'] == 'uint16' else '<u4')
@@ -49,20 +48,20 @@ class Tokens:
         self.first_window = [0, *itertools.accumulate(self.windows)]
         self.n_tokens, self.n_windows = total, self.first_window[-1]
 
-    def read(self, window, offset, opened):
+    def read(self, window, offset):
         """block_size + 1 tokens from the start of window number `window`, moved by `offset` in [0, 1)."""
         file = bisect.bisect_right(self.first_window, window) - 1
         n, length = self.windows[file], self.lengths[file]
         room = min(self.block_size, length - n * self.block_size)  # offsets at which n windows still fit
         start = (window - self.first_window[file]) * self.block_size + int(offset * room)
-        if file not in opened:
-            opened[file] = np.memmap(self.paths[file], dtype=self.dtype, mode='r')
-        return opened[file][start:start + self.block_size + 1]
+        # opened each time, which takes 4 us: a memmap takes 25, and its pages count as this process's memory
+        with open(self.paths[file], 'rb', buffering=0) as f:
+            f.seek(start * self.dtype.itemsize)
+            return np.frombuffer(f.read((self.block_size + 1) * self.dtype.itemsize), dtype=self.dtype)
 
     def batch(self, windows, device):
         """(x, y), each (len(windows), block_size) int64 on `device`; windows: (number, offset) pairs."""
-        opened = {}  # for this batch only: a long-lived memmap's pages count as this process's memory
-        rows = np.stack([self.read(window, offset, opened) for window, offset in windows])
+        rows = np.stack([self.read(window, offset) for window, offset in windows])
         if rows.max() >= self.n_ids:
             raise InputError(f'{os.path.dirname(self.paths[0])} has the token id {rows.max()}, but the vocabulary has '
                              f'{self.n_ids} ids: the data belongs to another tokenizer or model')

@@ -1,6 +1,5 @@
 """
-Text to token ids and back: bytes, characters, tiktoken's encodings, Hugging Face's tokenizer.json; and text to the
-token files that training reads.
+Text to token ids and back: bytes, characters, tiktoken's encodings and rank files, Hugging Face's tokenizer.json.
 
 A tokenizer is described by a dict of plain values (`to_dict`), which lies in a data folder's meta.json and in every
 checkpoint, so that sampling needs nothing else. Every tokenizer has
@@ -8,11 +7,15 @@ checkpoint, so that sampling needs nothing else. Every tokenizer has
     vocab_size              ids are 0 .. vocab_size - 1
     eot                     the id that ends a text, or None
     encode(text) -> ids     raises InputError for text it cannot represent
+    encode_ordinary(text)   the same as an array, of a document: a token's name in it, such as <|endoftext|>, is text
+                            like any other; may be called by several threads at once
     to_bytes(ids) -> bytes  UTF-8, cut anywhere: one token may be part of a character
     decode(ids) -> text     with U+FFFD where the bytes are no text
     to_json() -> dict       the content of a tokenizer.json that encodes and decodes in the same way
 """
 
+import base64
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +34,9 @@ OWN_KEY = 'sologpt'  # in tokenizer_config.json: what to_dict() says
 
 
 class Tokenizer:
+    def encode_ordinary(self, text):
+        return np.array(self.encode(text), dtype=np.uint32)
+
     def decode(self, ids):
         return self.to_bytes(ids).decode('utf-8', errors='replace')
 
@@ -41,6 +47,9 @@ class Bytes(Tokenizer):
 
     def encode(self, text):
         return list(text.encode('utf-8', errors='surrogateescape'))
+
+    def encode_ordinary(self, text):
+        return np.frombuffer(text.encode('utf-8'), dtype=np.uint8)
 
     def to_bytes(self, ids):
         return bytes(ids)
@@ -61,13 +70,19 @@ class Chars(Tokenizer):
         self.chars = list(chars)
         self.vocab_size = len(self.chars)
         self.ids = {c: i for i, c in enumerate(self.chars)}
+        self.id_of = np.full(max(map(ord, self.chars), default=0) + 2, -1)  # by code point; the last is of no character
+        self.id_of[[ord(c) for c in self.chars]] = range(self.vocab_size)
 
     def encode(self, text):
-        try:
-            return [self.ids[c] for c in text]
-        except KeyError as e:
-            raise InputError(f'the character {e.args[0]!r} is not among the {self.vocab_size} that this tokenizer '
-                             f'knows; leave it out, or use a bytes tokenizer') from None
+        return self.encode_ordinary(text).tolist()
+
+    def encode_ordinary(self, text):
+        codes = np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
+        ids = self.id_of[np.minimum(codes, len(self.id_of) - 1)]
+        if len(ids) and ids.min() < 0:
+            raise InputError(f'the character {text[ids.argmin()]!r} is not among the {self.vocab_size} that this '
+                             f'tokenizer knows; leave it out, or use a bytes tokenizer')
+        return ids
 
     def to_bytes(self, ids):
         return ''.join(self.chars[i] for i in ids).encode('utf-8')
@@ -82,28 +97,58 @@ class Chars(Tokenizer):
 
 
 class Tiktoken(Tokenizer):
-    """A BPE by tiktoken's name for it ('gpt2', 'cl100k_base', ...); downloads its ranks once, then caches them."""
+    """A BPE of tiktoken: by its name for it ('gpt2', 'cl100k_base', ...), or given its ranks."""
 
-    def __init__(self, name):
+    def __init__(self, name, encoding=None):
+        """encoding: a tiktoken.Encoding; without one, tiktoken downloads the ranks once, then has them."""
         import tiktoken
         try:
-            self.encoding = tiktoken.get_encoding(name)
+            self.encoding = encoding or tiktoken.get_encoding(name)
         except ValueError:
             raise InputError(f'tiktoken has no encoding {name!r}; it has {tiktoken.list_encoding_names()}') from None
         except Exception as e:  # whatever its HTTP library raises
             raise InputError(f'tiktoken could not load {name!r} ({type(e).__name__}): it is downloaded once; connect '
-                             f'to the network, or point TIKTOKEN_CACHE_DIR at a folder that has it') from None
+                             f'to the network, name a file of its ranks (FILE.tiktoken), or point TIKTOKEN_CACHE_DIR '
+                             f'at a folder that has it') from None
         self.name = name
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
+    @classmethod
+    def from_file(cls, path):
+        """A file of ranks, as tiktoken keeps it: a line per token, base64 and rank. Raises InputError."""
+        try:
+            with open(path, encoding='ascii') as f:
+                ranks = f.read()
+            number = len(_ranks(ranks))
+        except (OSError, ValueError) as e:
+            raise InputError(f'{path} cannot be read as a file of ranks: {e}') from None
+        if number not in RANK_FILES:
+            raise InputError(f'{path} has {number:,} ranks: how its text is split into words is known for '
+                             + ', '.join(f'{n:,} ({name})' for n, (name, *_) in RANK_FILES.items())
+                             + '; use a tokenizer.json, which says so itself')
+        name, pattern, special = RANK_FILES[number]
+        return cls.from_ranks(name, ranks, pattern, special)
+
+    @classmethod
+    def from_ranks(cls, name, ranks, pattern, special):
+        import tiktoken
+        return cls(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=_ranks(ranks),
+                                           special_tokens=special))
+
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={END_OF_TEXT})
+
+    def encode_ordinary(self, text):
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def to_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
 
     def to_dict(self):
-        return {'kind': 'tiktoken', 'name': self.name}
+        ranks = ''.join(f'{base64.b64encode(token).decode()} {rank}\n'
+                        for token, rank in self.encoding._mergeable_ranks.items())
+        return {'kind': 'tiktoken', 'name': self.name, 'pattern': self.encoding._pat_str,
+                'special': dict(self.encoding._special_tokens), 'ranks': ranks}
 
     def to_json(self):
         # tiktoken's own names for what an encoding is made of, which its documentation uses as well
@@ -129,7 +174,8 @@ class HuggingFace(Tokenizer):
             # what would put tokens before or after each text, cut it off or fill it up
             content |= {'post_processor': None, 'truncation': None, 'padding': None}
             self.text, self.eot = json.dumps(content, ensure_ascii=False, separators=(',', ':')), eot
-            self.backend = tokenizers.Tokenizer.from_str(self.text)
+            self.backend, self.ordinary = (tokenizers.Tokenizer.from_str(self.text) for _ in range(2))
+            self.ordinary.encode_special_tokens = True  # as ordinary text
             decoder, kind = (content.get('decoder') or {}).get('type'), content['model'].get('type')
         except Exception as e:  # tokenizers raises nothing more precise
             raise InputError(f'it is damaged or of another version: {str(e)[:100]}') from None
@@ -159,6 +205,12 @@ class HuggingFace(Tokenizer):
         except Exception as e:  # it raises nothing more precise
             raise InputError(f'the tokenizer has no tokens for all of the text: {str(e)[:100]}') from None
 
+    def encode_ordinary(self, text):
+        try:
+            return np.array(self.ordinary.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        except Exception as e:
+            raise InputError(f'the tokenizer has no tokens for all of the text: {str(e)[:100]}') from None
+
     def to_bytes(self, ids):
         return b''.join(self.bytes.get(i, b'') for i in ids)
 
@@ -167,6 +219,49 @@ class HuggingFace(Tokenizer):
 
     def to_json(self):
         return json.loads(self.text)
+
+
+# rank files
+
+# how text is split before its parts are encoded, and the special tokens, by the number of ranks (of tiktoken's
+# tiktoken_ext/openai_public.py)
+_WORD, _ENDING = r'[^\r\n\p{L}\p{N}]?', r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+RANK_FILES = {
+    50256: ('gpt2', r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+            {END_OF_TEXT: 50256}),
+    100256: ('cl100k_base', r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+                            r'| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s',
+             {END_OF_TEXT: 100257, '<|fim_prefix|>': 100258, '<|fim_middle|>': 100259, '<|fim_suffix|>': 100260,
+              '<|endofprompt|>': 100276}),
+    199998: ('o200k_base', f'{_WORD}{_UPPER}*{_LOWER}+{_ENDING}|{_WORD}{_UPPER}+{_LOWER}*{_ENDING}'
+                           r'|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+',
+             {END_OF_TEXT: 199999, '<|endofprompt|>': 200018}),
+}
+
+
+def _ranks(text):
+    """bytes -> rank, of a rank file's text."""
+    return {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, text.splitlines())}
+
+
+def by_name(name):
+    """
+    The tokenizer that a command line names: bytes, one of tiktoken's encodings, or the path of FILE.tiktoken or of a
+    tokenizer.json. Raises InputError.
+    """
+    import tiktoken
+    if name == 'bytes':
+        return Bytes()
+    if name.endswith('.json'):
+        return HuggingFace.from_file(name)
+    if name.endswith('.tiktoken'):
+        return Tiktoken.from_file(name)
+    if name not in tiktoken.list_encoding_names():
+        raise InputError(f'--tokenizer={name} is not known: use bytes, chars, one of tiktoken '
+                         f'({", ".join(tiktoken.list_encoding_names())}), or the path of FILE.tiktoken or of a '
+                         f'tokenizer.json')
+    return Tiktoken(name)
 
 
 # Hugging Face's files
@@ -211,7 +306,7 @@ def write_folder(folder, tokenizer, block_size):
     if tokenizer.eot is not None:
         vocab = content['model']['vocab'] | {added['content']: added['id'] for added in content['added_tokens']}
         settings['eos_token'] = settings['bos_token'] = next(t for t, i in vocab.items() if i == tokenizer.eot)
-    if not isinstance(tokenizer, HuggingFace):
+    if isinstance(tokenizer, (Bytes, Chars)):
         # what it is here, as long as tokenizer.json is this one
         settings[OWN_KEY] = {'tokenizer': tokenizer.to_dict(), 'sha256': hashlib.sha256(text.encode()).hexdigest()}
     settings = json.dumps(settings, ensure_ascii=False, indent=1)
@@ -258,7 +353,9 @@ def from_dict(described):
     if kind == 'chars':
         return Chars(described['chars'])
     if kind == 'tiktoken':
-        return Tiktoken(described['name'])
+        if 'ranks' not in described:
+            return Tiktoken(described['name'])
+        return Tiktoken.from_ranks(*(described[key] for key in ('name', 'ranks', 'pattern', 'special')))
     if kind == 'json':
         return HuggingFace(described['json'], described['eot'])
     if kind == 'unknown':
@@ -273,7 +370,10 @@ def agree(described, own):
     """
     if described is None or described == own or described.get('kind') == 'unknown':
         return True
-    if 'json' not in (described.get('kind'), own['kind']):
+    kinds = {described.get('kind'), own['kind']}
+    if kinds == {'tiktoken'}:
+        return described['name'] == own['name'] and len({d['ranks'] for d in (described, own) if 'ranks' in d}) < 2
+    if 'json' not in kinds:
         return False
     (n, some), (m, others) = (_vocabulary(one) for one in (described, own))
     return n == m and (some.items() <= others.items() or others.items() <= some.items())
@@ -281,7 +381,7 @@ def agree(described, own):
 
 def _vocabulary(described):
     """(number of ids, tokens as a tokenizer.json has them -> ids); of GPT-2's, which may not be at hand, one token."""
-    if described == GPT2:
+    if described == GPT2:  # by its name alone
         return GPT2_VOCAB, {'Ġthe': 262}
     tokenizer = from_dict(described)
     return tokenizer.vocab_size, tokenizer.to_json()['model']['vocab']
@@ -340,40 +440,12 @@ def read_meta(data_dir):
     return ASSUMED_META
 
 
+def paths_of(data_dir, split):
+    """The token files of a split: train.bin, or else shards, train_000.bin, train_001.bin, ..."""
+    return sorted(glob.glob(os.path.join(glob.escape(str(data_dir)), f'{split}.bin'))
+                  or glob.glob(os.path.join(glob.escape(str(data_dir)), f'{split}_[0-9]*.bin')))
+
+
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'it wants to run {module}.{name}')
-
-
-def write_data(data_dir, tokenizer, splits, source):
-    """
-    Write train.bin, val.bin and meta.json, all or none of them.
-
-    splits: name -> iterable of texts, each of which is one document, followed by the tokenizer's end of text (if it
-    has one and there are several documents). source: a line saying what the text is.
-    """
-    os.makedirs(data_dir, exist_ok=True)
-    dtype = 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
-    counts = {}
-    paths = [os.path.join(data_dir, name) for name in (*(f'{split}.bin' for split in splits), 'meta.json')]
-    try:
-        for path, (split, texts) in zip(paths, splits.items(), strict=False):
-            counts[split] = 0
-            with open(path + '.tmp', 'wb') as f:
-                for i, text in enumerate(texts):
-                    ids = tokenizer.encode(text)
-                    if i and tokenizer.eot is not None:
-                        ids.insert(0, tokenizer.eot)
-                    np.array(ids, dtype='<u2' if dtype == 'uint16' else '<u4').tofile(f)
-                    counts[split] += len(ids)
-        with open(paths[-1] + '.tmp', 'w', encoding='utf-8') as f:
-            json.dump({'tokenizer': tokenizer.to_dict(), 'vocab_size': tokenizer.vocab_size, 'dtype': dtype,
-                       'tokens': counts, 'source': source}, f, ensure_ascii=False, indent=1)
-        for path in paths:
-            os.replace(path + '.tmp', path)
-    finally:
-        for path in paths:
-            if os.path.exists(path + '.tmp'):
-                os.remove(path + '.tmp')
-    for split, n in counts.items():
-        print(f'{os.path.join(data_dir, split)}.bin: {n:,} tokens')

@@ -280,7 +280,7 @@ if not os.path.isdir(data_dir):
     there = ', '.join(sorted(os.listdir('data'))) if os.path.isdir('data') else 'nothing'
     raise InputError(f'no data in {data_dir}: set dataset to a folder in data/, where there is {there}')
 meta = tokenizer.read_meta(data_dir)
-if resuming and resumed.get('tokenizer', meta['tokenizer']) != meta['tokenizer']:
+if resuming and not tokenizer.agree(resumed.get('tokenizer'), meta['tokenizer']):
     raise InputError(f'{ckpt_path} was trained with another tokenizer than that of {data_dir}')
 
 # model
@@ -405,7 +405,7 @@ n_ids = min(meta['vocab_size'], model.config.vocab_size)
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, block_size, n_ids) for split in ('train', 'val'))
 batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
 if model.n_virtual and not trained.tensors:
-    first = torch.from_numpy(train_tokens.read(0, 0.0, {}).astype('int64')).to(device)
+    first = torch.from_numpy(train_tokens.read(0, 0.0).astype('int64')).to(device)
     with hardware.autocast(device, dtype):
         model.eval().begin_from(first[torch.arange(model.n_virtual) % len(first)][None])
     model.train()

@@ -15,11 +15,13 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
+from sources import find  # noqa: E402
 from tokenizer import END_OF_TEXT, HuggingFace  # noqa: E402
 
 report_errors()
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('files', nargs='+', metavar='FILE', help='UTF-8 text')
+parser.add_argument('files', nargs='+', metavar='FILE', help='text, .jsonl, .parquet; see data/text/prepare.py')
+parser.add_argument('--field', default='text', help='with the text, of .jsonl and .parquet')
 parser.add_argument('--vocab_size', type=int, default=8192, help='ids, 256 of which are bytes and one ends a text')
 parser.add_argument('--dest', default='tokenizer.json')
 args = parser.parse_args()
@@ -27,28 +29,32 @@ if args.vocab_size < 257:
     raise InputError(f'--vocab_size={args.vocab_size} must be at least 257: the bytes, and what ends a text')
 if os.path.exists(args.dest):
     raise InputError(f'{args.dest} is there already: choose another --dest')
-texts = []
-for path in args.files:
-    try:
-        with open(path, encoding='utf-8') as f:
-            texts.append(f.read())
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f'{path} cannot be read as UTF-8 text: {e}') from None
-if not any(texts):
-    raise InputError('the files are empty')
+source = find(args.files, args.field)
+sample = []  # the first texts, on which the tokenizer is tried
+n_bytes = 0
+
+
+def lines():
+    global n_bytes
+    for text in source:
+        if n_bytes < 10e6:
+            sample.append(text)
+            n_bytes += len(text.encode())
+        yield from text.splitlines(keepends=True)
+
 
 bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
 bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
 bpe.decoder = tokenizers.decoders.ByteLevel()
-lines = (line for text in texts for line in text.splitlines(keepends=True))
-bpe.train_from_iterator(lines, tokenizers.trainers.BpeTrainer(
+bpe.train_from_iterator(lines(), tokenizers.trainers.BpeTrainer(
     vocab_size=args.vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
     initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+if not n_bytes:
+    raise InputError(f'{source.name} has no text')
 try:
     bpe.save(args.dest)
 except Exception as e:  # it raises nothing more precise
     raise InputError(f'{args.dest} cannot be written: {e}') from None
 tokenizer = HuggingFace.from_file(args.dest)
-n_bytes, n_tokens = (sum(map(len, encoded)) for encoded in (
-    (text.encode() for text in texts), (tokenizer.encode(text) for text in texts)))
+n_tokens = sum(len(tokenizer.encode(text)) for text in sample)
 print(f'{args.dest}: {tokenizer.vocab_size:,} ids, {n_bytes / n_tokens:.2f} bytes of the text per token')

@@ -12,6 +12,8 @@ from conftest import ROOT, TINY, options
 import checkpoint
 import tokenizer
 
+PREPARING = ('configurator.py', 'tokenizer.py', 'sources.py', 'corpus.py')  # the modules of data/*/prepare.py
+
 
 def test_own_text_from_preparation_to_sample(project):
     """data/text/prepare.py, train.py and sample.py in a copy of the project."""
@@ -42,7 +44,7 @@ def test_own_text_from_preparation_to_sample(project):
 
 
 def test_a_tokenizer_of_ones_own(project):
-    for name in ('tokenizer.py', 'configurator.py', 'data/train_tokenizer.py', 'data/text/prepare.py'):
+    for name in (*PREPARING, 'data/train_tokenizer.py', 'data/text/prepare.py'):
         os.makedirs(os.path.dirname(project.folder / name), exist_ok=True)
         shutil.copy(os.path.join(ROOT, name), project.folder / name)
     text = 'Ça va très bien, 日本語も。\r\n\t x = 1\n' * 200
@@ -59,7 +61,7 @@ def test_a_tokenizer_of_ones_own(project):
     project.train(dataset='text', block_size=8, max_iters=3)
     shutil.rmtree('data/text')
     assert project.sample(start='Ça va').startswith('Ça va')
-    for argv, message in ((['nothere.txt'], 'nothere.txt cannot be read'),
+    for argv, message in ((['nothere.txt'], 'there is no nothere.txt'),
                           (['mine.txt', '--vocab_size=9'], 'at least 257'),
                           (['mine.txt', '--dest=no/t.json'], 'cannot be written'),
                           (['mine.txt', '--dest=mine.txt'], 'mine.txt is there already')):
@@ -69,23 +71,25 @@ def test_a_tokenizer_of_ones_own(project):
 
 def test_prepared_text_is_split_by_characters(project):
     shutil.copytree(os.path.join(ROOT, 'data', 'text'), project.folder / 'data' / 'text')
-    for name in ('tokenizer.py', 'configurator.py'):
+    for name in PREPARING:
         shutil.copy(os.path.join(ROOT, name), project.folder)
     (project.folder / 'a.txt').write_text('a' * 80)
     (project.folder / 'b.txt').write_text('b' * 20)
+    (project.folder / 'empty.txt').write_text('')
     script = str(project.folder / 'data' / 'text' / 'prepare.py')
     assert project.run(script, 'a.txt', 'b.txt', '--name=ab').returncode == 0
     data = project.folder / 'data' / 'ab'
-    assert (data / 'train.bin').read_bytes() == b'a\0' * 80 + b'\0\0' + b'b\0' * 10
-    assert (data / 'val.bin').read_bytes() == b'b\0' * 10
+    assert (data / 'train.bin').read_bytes() == b'a\0' * 72 + b'\0\0' + b'b\0' * 18  # 16 bits each
+    assert (data / 'val.bin').read_bytes() == b'a\0' * 8 + b'\0\0' + b'b\0' * 2
     (project.folder / 'latin1.txt').write_bytes('é'.encode('latin-1'))
     (project.folder / 'damaged.json').write_text('{')
-    for argv, message in ((['nothere.txt'], 'nothere.txt cannot be read'), (['latin1.txt'], 'is not UTF-8'),
-                          (['a.txt', '--val=2'], '--val=2.0 must be'),
+    for argv, message in ((['nothere.txt'], 'there is no nothere.txt'), (['latin1.txt'], 'is not UTF-8'),
+                          (['empty.txt'], 'empty.txt has no text'), (['a.txt', '--val=2'], "--val: '2' must be"),
+                          (['a.txt', '--tokens=lots'], "--tokens: 'lots' is no number of tokens"),
                           (['a.txt', '--tokenizer=gpt9'], '--tokenizer=gpt9 is not known'),
                           (['a.txt', '--tokenizer=nothere.json'], 'nothere.json cannot be read'),
                           (['a.txt', '--tokenizer=damaged.json'], 'damaged.json cannot be read')):
-        ran = project.run(script, *argv)
+        ran = project.run(script, *argv, '--name=bad')
         assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 
 
@@ -93,7 +97,7 @@ def test_quickstart_prepares_its_data_and_prints_a_sample(project):
     shutil.rmtree(project.folder / 'data')
     os.makedirs(project.folder / 'data' / 'pystdlib')
     shutil.copy(os.path.join(ROOT, 'data', 'pystdlib', 'prepare.py'), project.folder / 'data' / 'pystdlib')
-    for name in ('tokenizer.py', 'configurator.py'):
+    for name in PREPARING:
         shutil.copy(os.path.join(ROOT, name), project.folder)
     small = ('--max_iters=2', '--eval_iters=1', '--sample_tokens=30', '--n_embd=64', '--n_head=2', '--n_layer=1')
     ran = project.run('train.py', os.path.join(ROOT, 'config', 'quickstart.py'), *small)

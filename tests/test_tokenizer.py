@@ -2,7 +2,6 @@ import json
 import os
 import pickle
 
-import numpy as np
 import pytest
 import tiktoken
 
@@ -85,30 +84,6 @@ def test_whether_two_descriptions_agree():
 def test_a_tokenizer_json_that_cannot_be_read(content, message):
     with pytest.raises(InputError, match=message):
         tokenizer.HuggingFace(content if isinstance(content, str) else json.dumps(content))
-
-
-def test_write_data(tmp_path):
-    tokenizer.write_data(tmp_path, tokenizer.Bytes(), {'train': ['ab', 'c'], 'val': ['d']}, 'here')
-    meta = tokenizer.read_meta(tmp_path)
-    assert np.fromfile(tmp_path / 'train.bin', '<u2').tolist() == [97, 98, 0, 99]  # documents parted by end of text
-    assert meta['tokens'] == {'train': 4, 'val': 1} and meta['vocab_size'] == 256 and meta['source'] == 'here'
-    assert not list(tmp_path.glob('*.tmp'))
-
-
-def test_a_preparation_that_fails_leaves_the_old_data(tmp_path):
-    tokenizer.write_data(tmp_path, tokenizer.Chars('ab'), {'train': ['ab'], 'val': ['b']}, 'old')
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(InputError):
-        tokenizer.write_data(tmp_path, tokenizer.Chars('cd'), {'train': ['cc'], 'val': ['x']}, 'new')
-    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-
-def test_large_vocabulary_is_uint32(tmp_path):
-    chars = [chr(0x20000 + i) for i in range(66000)]
-    t = tokenizer.Chars(chars)
-    tokenizer.write_data(tmp_path, t, {'train': [chars[-1]], 'val': [chars[0]]}, '')
-    assert tokenizer.read_meta(tmp_path)['dtype'] == 'uint32'
-    assert np.fromfile(tmp_path / 'train.bin', '<u4').tolist() == [len(chars) - 1]
 
 
 def test_nanogpt_meta(tmp_path):

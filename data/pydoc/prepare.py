@@ -16,7 +16,8 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..', '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
-from tokenizer import Bytes, write_data  # noqa: E402
+from corpus import write  # noqa: E402
+from tokenizer import Bytes  # noqa: E402
 
 report_errors()
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,5 +32,5 @@ chapters = [topics[name] for name in sorted(topics)]
 val = chapters[::10]
 train = '\0'.join(chapter for i, chapter in enumerate(chapters) if i % 10)
 version = '.'.join(map(str, sys.version_info[:3]))
-write_data(here, Bytes(), {'train': [train[:size or None]], 'val': val},
+write(here, Bytes(), {'train': [train[:size or None]], 'val': val},
            source=f"language reference of Python {version}, {len(chapters)} chapters of pydoc's topics")

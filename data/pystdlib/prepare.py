@@ -14,7 +14,8 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..', '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
-from tokenizer import Bytes, write_data  # noqa: E402
+from corpus import write  # noqa: E402
+from tokenizer import Bytes  # noqa: E402
 
 report_errors()
 LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3',
@@ -39,5 +40,5 @@ def texts(chosen):
 val = paths[::20]
 train = sorted(set(paths) - set(val))
 version = '.'.join(map(str, sys.version_info[:3]))
-write_data(here, Bytes(), {'train': texts(train), 'val': texts(val)},
+write(here, Bytes(), {'train': texts(train), 'val': texts(val)},
            source=f'standard library of Python {version}, {len(paths)} files')

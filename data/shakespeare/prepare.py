@@ -13,8 +13,9 @@ sys.path[:0] = [os.path.join(here, '..', '..'), os.path.join(here, '..')]
 import tinyshakespeare  # noqa: E402
 
 from configurator import report_errors  # noqa: E402
-from tokenizer import Tiktoken, write_data  # noqa: E402
+from corpus import write  # noqa: E402
+from tokenizer import Tiktoken  # noqa: E402
 
 report_errors()
 splits = tinyshakespeare.splits(here)
-write_data(here, Tiktoken('gpt2'), splits, tinyshakespeare.URL)
+write(here, Tiktoken('gpt2'), splits, tinyshakespeare.URL)

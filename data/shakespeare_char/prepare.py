@@ -13,8 +13,9 @@ sys.path[:0] = [os.path.join(here, '..', '..'), os.path.join(here, '..')]
 import tinyshakespeare  # noqa: E402
 
 from configurator import report_errors  # noqa: E402
-from tokenizer import Chars, write_data  # noqa: E402
+from corpus import write  # noqa: E402
+from tokenizer import Chars  # noqa: E402
 
 report_errors()
 splits = tinyshakespeare.splits(here)
-write_data(here, Chars(sorted(set(splits['train'][0] + splits['val'][0]))), splits, tinyshakespeare.URL)
+write(here, Chars(sorted(set(splits['train'][0] + splits['val'][0]))), splits, tinyshakespeare.URL)

@@ -1,0 +1,115 @@
+"""
+What a folder of token files holds: sizes, vocabulary, documents by length, excerpts, hashes, and whether documents of
+the validation are in the training text as well.
+
+  python data/describe.py data/NAME [--excerpt=200]
+"""
+
+import argparse
+import collections
+import hashlib
+import os
+import sys
+
+import numpy as np
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(here, '..'))
+
+from configurator import InputError, report_errors  # noqa: E402
+from tokenizer import from_dict, paths_of, read_meta  # noqa: E402
+
+CHUNK = 2 ** 24  # tokens read at a time
+LENGTHS = (64, 256, 1024, 4096, 16384, 65536)  # up to which documents are counted together
+
+report_errors()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('folder', help='such as data/shakespeare')
+parser.add_argument('--excerpt', type=int, default=200, help='tokens shown of each split (%(default)s)')
+args = parser.parse_args()
+if not os.path.isdir(args.folder):
+    raise InputError(f'there is no folder {args.folder}')
+
+
+def chunks(path):
+    with open(path, 'rb') as f:
+        while len(chunk := np.fromfile(f, dtype, CHUNK)):
+            yield chunk
+
+
+def documents(paths):
+    """(tokens, digest) of each document of a split; the end-of-text tokens between them belong to none."""
+    length, digest = 0, hashlib.blake2b(digest_size=16)
+    for chunk in (chunk for path in paths for chunk in chunks(path)):
+        start = 0
+        for end in np.flatnonzero(chunk == eot) if eot is not None else ():
+            digest.update(chunk[start:end])
+            yield length + int(end) - start, digest.digest()
+            length, digest, start = 0, hashlib.blake2b(digest_size=16), int(end) + 1
+        digest.update(chunk[start:])
+        length += len(chunk) - start
+    yield length, digest.digest()
+
+
+meta = read_meta(args.folder)
+dtype, eot = np.dtype('<u2' if meta['dtype'] == 'uint16' else '<u4'), None
+try:
+    tokenizer = from_dict(meta['tokenizer'])
+    eot = tokenizer.eot
+except InputError as e:
+    tokenizer = None
+    print(f'(without documents and excerpts, for want of the tokenizer: {e})')
+described = ' '.join(str(meta['tokenizer'][key]) for key in ('kind', 'name') if key in meta['tokenizer'])
+print(f'{args.folder}: {meta.get("source", "no source given")}\n'
+      f'tokenizer {described}, {meta["vocab_size"]:,} ids in {meta["dtype"]}')
+splits = {split: paths_of(args.folder, split) for split in ('train', 'val')}
+excerpts, validation = {}, set()
+for split, paths in reversed(splits.items()):
+    if not paths:
+        print(f'\n{split}: no files')
+        continue
+    used, first = np.zeros(2 ** (8 * dtype.itemsize) if dtype.itemsize == 2 else meta['vocab_size'], bool), None
+    size, hashes = 0, {path: hashlib.sha256() for path in paths}
+    for path in paths:
+        for chunk in chunks(path):
+            size += len(chunk)
+            hashes[path].update(chunk)
+            if int(chunk.max()) >= len(used):
+                raise InputError(f'{path} has the id {chunk.max():,}, but there are {meta["vocab_size"]:,}')
+            used[np.unique(chunk)] = True
+            first = chunk if first is None else first
+    outside = int(used[meta['vocab_size']:].sum())
+    print(f'\n{split}: {size:,} tokens, {size * dtype.itemsize / 1e6:,.1f} MB in {len(paths)} file'
+          f'{"s" if len(paths) > 1 else ""}; {int(used.sum()):,} of the ids'
+          + (f'; {outside} IDS BEYOND THE VOCABULARY' if outside else ''))
+    if expected := meta.get('tokens', {}).get(split, size) - size:
+        print(f'  meta.json says {expected:+,} tokens')
+    if tokenizer and size:
+        sample = first[:100_000].tolist()
+        print(f'  {len(tokenizer.to_bytes(sample)) / len(sample):.2f} bytes of text per token')
+        excerpts[split] = tokenizer.decode(first[:args.excerpt].tolist())
+        counts, tokens, again, n = collections.Counter(), collections.Counter(), [0, 0], 0
+        for length, digest in documents(paths):
+            if not length:
+                continue
+            n += 1
+            group = next((most for most in LENGTHS if length <= most), None)
+            counts[group] += 1
+            tokens[group] += length
+            if split == 'val':
+                validation.add(digest)
+            elif digest in validation:
+                again[0] += 1
+                again[1] += length
+        total = sum(tokens.values())
+        print(f'  {n:,} document{"s" if n > 1 else ""}, {total / n:,.0f} tokens in the mean; by length:')
+        for most in (*LENGTHS, None):
+            if counts[most]:
+                print(f'    {f"up to {most:,}" if most else "more":>14}: {counts[most] / n:6.1%} of the documents, '
+                      f'{tokens[most] / total:6.1%} of the tokens')
+        if split == 'train':
+            print(f'  {again[0]:,} of them ({again[1]:,} tokens) are documents of val as well')
+    for path in paths:
+        print(f'  {os.path.basename(path)}: {os.path.getsize(path):,} bytes, sha256 {hashes[path].hexdigest()}')
+for split, excerpt in excerpts.items():
+    print(f'\n{"-" * 40} {split} {"-" * 40}\n{excerpt}')

@@ -1,0 +1,320 @@
+"""
+Documents out of files and datasets: text, JSON lines, parquet, compressed or not, and what Hugging Face's hub has.
+
+A Source reads file after file, in flat memory, and says in plain values where it is, so that it can go on from there.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import sysconfig
+import time
+
+from configurator import InputError
+from tokenizer import END_OF_TEXT
+
+LONGEST = 2 ** 22  # bytes of a text that are one document at most: a longer one is cut at the end of a line
+COMPRESSED = ('.gz', '.zst', '.bz2')
+PAUSES = (5, 20, 60, 180)  # seconds, after which the network is tried again
+
+
+class TextFile:
+    """
+    A text, plain or compressed: one document, or several with <|endoftext|> between them.
+
+    Every reader yields documents, from `position` on, and between them says in `position` where the next begins, in
+    plain values that JSON can hold.
+    """
+
+    def __init__(self, path, field, position):
+        self.path, self.position = path, position or 0  # in bytes of the text
+
+    def __iter__(self):
+        mark, start, buffer = END_OF_TEXT.encode(), 0, b''
+        with _opened(self.path, self.position) as f:
+            while True:
+                end = buffer.find(mark, start, start + LONGEST)
+                after = end + len(mark)
+                if end < 0 and len(buffer) - start < LONGEST:
+                    more = f.read(LONGEST)
+                    if more:
+                        start, buffer = 0, buffer[start:] + more
+                        continue
+                    end = after = len(buffer)
+                elif end < 0:
+                    end = after = _cut(buffer, start)
+                if after == start:
+                    return
+                document = self._decoded(buffer[start:end])
+                self.position, start = self.position + after - start, after
+                yield document
+
+    def _decoded(self, document):
+        try:
+            return document.decode('utf-8')
+        except UnicodeDecodeError as e:
+            raise InputError(f'{self.path} is not UTF-8 text (byte {self.position + e.start:,}): convert it first, as '
+                             f'with iconv') from None
+
+
+def _cut(buffer, start):
+    """Where the first LONGEST bytes from `start` are best cut: after a line, a word, or else a character."""
+    for mark in (b'\n', b' '):
+        end = buffer.rfind(mark, start, start + LONGEST) + 1
+        if end > start:
+            return end
+    end = start + LONGEST
+    while end < len(buffer) and buffer[end] & 0xc0 == 0x80 and end > start + LONGEST - 4:
+        end -= 1
+    return end
+
+
+class JsonLines:
+    """Documents in a field of JSON objects, one to a line; plain or compressed."""
+
+    def __init__(self, path, field, position):
+        self.path, self.field, self.position = path, field, position or [0, 0]  # bytes, lines
+
+    def __iter__(self):
+        with _opened(self.path, self.position[0]) as f:
+            for line in f:
+                self.position = [self.position[0] + len(line), self.position[1] + 1]
+                if not line.strip():
+                    continue
+                where = f'{self.path}, line {self.position[1]}'
+                try:
+                    record = json.loads(line)
+                except ValueError as e:
+                    raise InputError(f'{where} is no JSON ({e}): there must be one object to a line') from None
+                yield field_of(record, self.field, where)
+
+
+def field_of(record, field, where):
+    """The text in a field of a record; raises InputError where there is none."""
+    if not isinstance(record, dict):
+        raise InputError(f'{where} is a {type(record).__name__}, not an object with a field {field!r}')
+    if field not in record:
+        raise InputError(f'{where} has no field {field!r}: it has {", ".join(record)}; name the one with the text by '
+                         f'--field=')
+    if not isinstance(record[field], str | None):
+        raise InputError(f'{where}: the field {field!r} is a {type(record[field]).__name__}, not text; name another by '
+                         f'--field=')
+    return record[field] or ''
+
+
+def _opened(path, position):
+    """A file's bytes from `position` on, decompressed; of a compressed file those before are read and dropped."""
+    if not path.endswith(COMPRESSED):
+        f = open(path, 'rb')
+        f.seek(position)
+        return f
+    import pyarrow  # which, unlike Python's zstandard, notices a file that was cut off
+    f = io.BufferedReader(pyarrow.input_stream(path, compression='detect'), 2 ** 20)
+    while position and (dropped := f.read(min(position, 2 ** 20))):
+        position -= len(dropped)
+    return f
+
+
+class Rows:
+    """Documents in a column of a file, here or on the web, that the `datasets` library reads: parquet and others."""
+    kind = 'parquet'
+
+    def __init__(self, path, field, position):
+        self.path, self.field, self.resumed = path, field, position
+        self.dataset = None
+
+    @property
+    def position(self):
+        return self.dataset.state_dict() if self.dataset else self.resumed
+
+    def __iter__(self):
+        datasets = quiet_datasets()
+        options = {'data_files': [self.path], 'split': 'train', 'streaming': True}
+        if self.kind == 'parquet':  # reads this column alone, and of the file only from the group of rows it goes on at
+            columns = datasets.load_dataset(self.kind, **options).column_names
+            field_of(dict.fromkeys(columns), self.field, self.path)
+            options['columns'] = [self.field]
+        dataset = datasets.load_dataset(self.kind, **options)
+        if self.kind == 'parquet':
+            dataset = dataset.reshard()
+        if self.resumed:
+            dataset.load_state_dict(self.resumed)
+        rows = iter(dataset)
+        self.dataset = dataset
+        try:
+            for row in rows:
+                yield field_of(row, self.field, self.path)
+        finally:
+            rows.close()
+
+
+def rows_of(kind):
+    """Rows of another kind of file, by the name that `datasets` has for it."""
+    return type('Rows', (Rows,), {'kind': kind})
+
+
+def quiet_datasets():
+    """The `datasets` library, which takes a second to import, without its messages: errors are told here."""
+    import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+READERS = {'.jsonl': JsonLines, '.ndjson': JsonLines, '.json': JsonLines, '.parquet': Rows}  # of others: TextFile
+
+
+class Source:
+    """The documents of several files, one after the other, from `position` on. Raises InputError."""
+    position = (0, None)  # file, position in it
+
+    def __init__(self, files, field='text', reader=None, name=None):
+        """files: paths or URLs; reader: of all of them (None: by the file's name); name: what it is, for meta.json."""
+        self.files, self.field, self.reader = files, field, reader
+        self.name = name or (', '.join(files[:3]) + (f' and {len(files) - 3:,} more' if len(files) > 3 else ''))
+
+        self.remote = any('://' in path for path in files)
+
+    def again(self):
+        """The same, from the beginning."""
+        return Source(self.files, self.field, self.reader, self.name)
+
+    def fingerprint(self, position):
+        """Another if a file changes that has been begun at that position."""
+        number, within = position
+        stats = () if self.remote else (
+            (stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, self.files[:number + (within is not None)]))
+        return hashlib.sha256(repr(list(stats)).encode()).hexdigest()
+
+    def n_bytes(self):
+        """Of its text, about; None of what lies elsewhere."""
+        return None if self.remote else sum(
+            os.path.getsize(path) * (3 if path.endswith((*COMPRESSED, '.parquet')) else 1) for path in self.files)
+
+    def __iter__(self):
+        first, within = self.position
+        for number in range(first, len(self.files)):
+            path = self.files[number]
+            suffix = os.path.splitext(re.sub(r'\.(gz|zst|bz2)$', '', path))[1].lower()
+            reader = (self.reader or READERS.get(suffix, TextFile))(path, self.field, within)
+            for document in _told(reader, path):
+                self.position = number, reader
+                yield document
+            self.position, within = (number + 1, None), None
+
+    def where(self):
+        """`position`, as plain values."""
+        number, within = self.position
+        return [number, getattr(within, 'position', within)]
+
+
+def _told(reader, path):
+    """The documents of a reader; where a file is at fault, its errors become InputErrors."""
+    try:
+        yield from reader
+    except (InputError, ConnectionError):
+        raise
+    except FileNotFoundError:
+        raise InputError(f'{path} is not there (any more)') from None
+    except (EOFError, ValueError) as e:  # as pyarrow's errors are
+        raise InputError(f'{path} is damaged or cut off ({_line(e)}): get it again') from None
+    except OSError as e:
+        if '://' in path:
+            raise
+        what = f'cannot be read: {e.strerror}' if e.strerror else f'is damaged or cut off ({_line(e)}): get it again'
+        raise InputError(f'{path} {what}') from None
+
+
+def _line(error):
+    return ' '.join(str(error).split())[:120]
+
+
+def patiently(read, what):
+    """read(), and where the network fails again after each of PAUSES; then InputError."""
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except InputError:
+            raise
+        except Exception as e:  # every library under `datasets` has errors of its own for a network that fails
+            said = f'{what} cannot be reached ({type(e).__name__}: {_line(e)})'
+            if pause is None:
+                raise InputError(f'{said}: check the network and run the same command again, which goes on from '
+                                 f'here') from None
+        print(f'{said}; trying again in {pause} s', flush=True)
+        time.sleep(pause)
+
+
+def hub(path, config=None, field='text', name=None):
+    """
+    The Source of the split `train` of a dataset of Hugging Face's hub, or of the parquet files that a pattern names
+    (`hf://datasets/...`, or a folder's). Nothing is downloaded but what is read. Raises InputError.
+    """
+    datasets = quiet_datasets()
+    what = name or (f'{path}:{config}' if config else path)
+
+    def build():
+        try:
+            if path.endswith('.parquet'):
+                return datasets.load_dataset_builder('parquet', data_files=path)
+            return datasets.load_dataset_builder(path, name=config)
+        except ConnectionError:
+            raise
+        except (FileNotFoundError, ValueError, RuntimeError) as e:  # not there, no such config, a script for data
+            raise InputError(f'{what} cannot be read: {_line(e)}') from None
+    builder = patiently(build, what)
+    files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
+    if not files.get('train'):
+        raise InputError(f'{what} has no files to train on: '
+                         + (f'it has {", ".join(files)}' if files.keys() - {'train'} else f'there is no {path}'))
+    return Source(files['train'], field, rows_of(builder.name), what)
+
+
+def find(names, field='text'):
+    """
+    The Source of what a command line names: files, folders (their .txt, .md, .jsonl and .parquet), patterns in quotes
+    ('src/**/*.py'), or one dataset of the hub as owner/name or owner/name:config. Raises InputError.
+    """
+    if len(names) == 1 and not glob.glob(names[0]) and re.fullmatch(r'[\w-]+/[\w-]+(\.[\d.]+)?(:[\w.-]+)?', names[0]):
+        path, _, config = names[0].partition(':')
+        return hub(path, config or None, field)
+    files = []
+    for name in names:
+        if os.path.isdir(name):
+            found = [os.path.join(folder, f) for folder, _, inside in os.walk(name) for f in inside
+                     if re.search(r'\.(txt|md|jsonl|ndjson|parquet)(\.gz|\.zst|\.bz2)?$', f.lower())]
+            if not found:
+                raise InputError(f'{name} has no .txt, .md, .jsonl or .parquet files: name others by a pattern, such '
+                                 f"as '{os.path.join(name, '**', '*.py')}'")
+        elif os.path.exists(name):
+            found = [name]
+        else:
+            found = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+            if not found:
+                raise InputError(f'there is no {name}: name files, folders, patterns in quotes, or a dataset of the '
+                                 f'hub (owner/name)')
+        files += sorted(found)
+    return Source(list(dict.fromkeys(files)), field)
+
+
+def installed_code():
+    """The paths of Python's own source and of every installed package's, of copies of a file the first."""
+    seen, paths = set(), []
+    for place in sorted({sysconfig.get_path(name) for name in ('stdlib', 'purelib', 'platlib')}):
+        for folder, folders, files in os.walk(place):
+            folders.sort()
+            for path in sorted(os.path.join(folder, f) for f in files if f.endswith('.py')):
+                try:
+                    with open(path, 'rb') as f:
+                        content = f.read()
+                    content.decode('utf-8')
+                except (OSError, UnicodeDecodeError):  # tests of encodings, for the most part
+                    continue
+                digest = hashlib.sha256(content).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    paths.append(path)
+    return paths
