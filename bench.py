@@ -9,6 +9,7 @@ Measure: one suite at a time, each a file in bench/. What is not a key of this s
   python bench.py --suite=formats config/speedrun_cpu.py --dataset=shakespeare_char
   python bench.py --suite=adapters config/finetune_lora.py
   python bench.py --suite=export
+  python bench.py --suite=data --tokenizer=gpt2
 
 race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
           nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds. It
@@ -21,6 +22,7 @@ formats   a config by each recipe and number format: val loss, time and memory, 
 adapters  a finetuning by each kind of adapter and by all weights, at the best of several learning rates: val loss, time
           and memory, over seeds; a step of each with 124M parameters; what it costs to serve a batch of many adapters
 export    GPT-2's smallest size to each form that export.py has: time and memory
+data      text to token files, beside the tokenizer alone; its memory; and what it takes to read batches
 """
 
 import importlib
@@ -33,7 +35,7 @@ import hardware
 from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters or export
+suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export or data
 runs = 3  # of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the figures as JSON, and a picture beside it where the suite draws one; '': results/<suite>.json
 # race and speed
@@ -49,14 +51,17 @@ recipes = ''  # these rows alone, separated by commas, or all of a recipe's; '':
 # matmul
 widths = '768,1024,2048,4096'  # of a square Linear; the largest take longest
 tokens = 2048  # rows of its input
+# data
+tokenizer = 'gpt2'  # an encoding of tiktoken's, or the path of FILE.tiktoken
+gigabytes = 1.0  # of text whose preparation's memory is measured
 # ----------------------------------------------------------------------------------------------------------------------
 for_train = []
 config, given = configure(globals(), pass_on=for_train)
 
 folder = os.path.dirname(os.path.abspath(__file__))
 if not suite or not os.path.exists(os.path.join(folder, 'bench', f'{suite}.py')):
-    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats, adapters or '
-                     f'export')
+    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats, adapters, export or '
+                     f'data')
 dest = dest or os.path.join('results', f'{suite}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')

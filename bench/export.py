@@ -5,16 +5,13 @@ of one that has only imported what it needs; of a run's checkpoint, with AdamW's
 
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
 import torch
 
 import checkpoint
 import tokenizer
-from bench.process import ROOT, flags
+from bench.process import ROOT, flags, python
 from configurator import InputError
 from model import GPT, GPTConfig
 
@@ -34,15 +31,15 @@ def measure(config, train_args, picture):
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in ('gpt2', 'modern'):  # in processes of their own: what this one has used counts for all it starts
-            _run(['-c', f'from bench import export; export.write({os.path.join(folder, arch)!r}, {arch!r}, {SIZE})'])
-        bare, rest = _run(['-c', 'import adapter_files, model, tokenizer'])
+            python(['-c', f'from bench import export; export.write({os.path.join(folder, arch)!r}, {arch!r}, {SIZE})'])
+        _, bare, rest = python(['-c', 'import adapter_files, model, tokenizer'])
         print(f'{"":>8} {"to":>8} {"dtype":>9} {"s":>6} {"memory":>9} {"/ weights":>9} {"written":>9}')
         for arch, to, dtype in ROWS:
             runs = []
             for number in range(config['runs']):
                 dest = os.path.join(folder, f'{arch}-{to}-{dtype}-{number}')
                 options = {'to': to, 'dtype': dtype, 'out_dir': os.path.join(folder, arch), 'dest': dest}
-                runs.append(_run([os.path.join(ROOT, 'export.py'), *flags(options)]))
+                runs.append(python([os.path.join(ROOT, 'export.py'), *flags(options)])[1:])
                 written = sum(os.path.getsize(os.path.join(dest, name)) for name in os.listdir(dest))
             seconds, peak = (statistics.median(values) for values in zip(*runs, strict=True))
             weights = 4 * _model(arch, SIZE).n_params()
@@ -71,14 +68,3 @@ def write(out_dir, arch, size):
     checkpoint.save(out_dir, {'model': weights, 'model_args': model.config.to_save(), 'iter_num': 1,
                               'optimizer': {'state': moments, 'param_groups': []}, 'tokenizer': chars.to_dict(),
                               'config': {'optimizer': 'adamw'}}, best=False)
-
-
-def _run(arguments):
-    """(seconds, most bytes of memory) of a Python process. Raises InputError if it fails."""
-    start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = child.stderr.read()
-    _, status, used = os.wait4(child.pid, 0)
-    if status:
-        raise InputError(f'{(said.decode().strip().splitlines() or ["no message"])[-1]}\n  in: {" ".join(arguments)}')
-    return time.perf_counter() - start, used.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 from configurator import InputError
@@ -24,6 +25,20 @@ def run(folder, script, args):
         last = (ran.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')
         raise InputError(f'{last}\n  in: {os.path.basename(script)} {" ".join(args)}')
     return ran.stdout, time.perf_counter() - start
+
+
+def python(arguments):
+    """(what it printed, seconds, most bytes of memory) of a Python process. Raises InputError if it fails."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as printed:
+        child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=printed, stderr=subprocess.PIPE)
+        said = child.stderr.read()
+        _, status, used = os.wait4(child.pid, 0)
+        if status:
+            raise InputError(f'{(said.decode().strip().splitlines() or ["no message"])[-1]}\n  in: {arguments}')
+        seconds = time.perf_counter() - start
+        printed.seek(0)
+        return printed.read().decode(), seconds, used.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def check_peer(folder):
