@@ -30,7 +30,7 @@ from formats import NF4
 from hardware import DTYPES
 from hf_files import LINEARS
 from matmul import hold_in_bfloat16, layers, matmul_dtype
-from model import GPT, KVCache
+from model import GPT, Context, KVCache, causal_mask
 
 BASE_FORMATS = ('float32', 'bfloat16', 'nf4')
 NUMBER = (int, float)
@@ -367,12 +367,13 @@ class WithPrompt(GPT):
         """As the embeddings of idx, (1, P) ids of a text."""
         self.virtual.copy_(self.transformer.wte(idx)[0])
 
-    def hidden(self, idx, cache=None):
-        if cache is not None and cache.length:
-            return super().hidden(idx, cache)
+    def hidden(self, idx, context=None):
+        context = context or self.context(idx)
+        if context.length:
+            return super().hidden(idx, context)
         x = self.transformer.wte(idx)
         virtual = self.virtual.to(x.dtype).expand(len(idx), -1, -1)
-        return self.contextual(torch.cat([virtual, x], dim=1), cache)[:, self.n_virtual:]
+        return self.contextual(torch.cat([virtual, x], dim=1), context)[:, self.n_virtual:]
 
     def new_cache(self, batch, positions):
         return super().new_cache(batch, positions + self.n_virtual)
@@ -407,28 +408,31 @@ class WithPrefix(GPT):
         layers = layers.unsqueeze(1).expand(-1, batch, -1, -1, -1)
         return list(zip(layers[0::2], layers[1::2], strict=True))
 
-    def hidden(self, idx, cache=None):
-        return super().hidden(idx, cache or self.Before(self.keys_and_values(len(idx), matmul_dtype(self.virtual))))
+    def context(self, idx):
+        return self.Before(self.keys_and_values(len(idx), matmul_dtype(self.virtual)))
 
-    class Before:
-        """A cache that holds the prefix alone, whatever is appended: for training, where nothing may be overwritten."""
+    class Before(Context):
+        """The prefix, and nothing that is appended stays: for training, where nothing may be overwritten."""
 
         def __init__(self, keys_and_values):
             self.layers = [self.Layer(k, v) for k, v in keys_and_values]
-            self.length, self.last_embedding = self.layers[0].end, None
+            self.length = self.layers[0].length
+
+        def layer(self, i):
+            return self.layers[i]
 
         class Layer:
             def __init__(self, k, v):
-                self.k, self.v, self.end = k, v, k.size(2)
+                self.k, self.v, self.length = k, v, k.size(2)
 
             def append(self, k, v):
-                return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+                k, v, T = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2), k.size(2)
+                return k, v, causal_mask(T, k.size(2), k.device)
 
     def new_cache(self, batch, positions):
         cache = KVCache(self.config, batch, positions + self.n_virtual)
         for layer, (k, v) in zip(cache.layers, self.keys_and_values(batch, matmul_dtype(self.virtual)), strict=True):
             layer.append(k, v)
-        cache.length = self.n_virtual
         return cache
 
     def flops_per_token(self, block_size=None):

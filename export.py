@@ -249,7 +249,7 @@ class Logits(nn.Module):
         if gpt_model.config.tied:
             gpt_model.transformer.wte.weight = head
         for block in gpt_model.transformer.h:  # without a cache: the same function for every length, 1 included
-            block.attn.attend = lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            block.attn.attend = lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def forward(self, input_ids):
         return self.gpt.lm_head(self.gpt.hidden(input_ids))

@@ -7,6 +7,7 @@ References: GPT-2 (https://github.com/openai/gpt-2), nanoGPT (https://github.com
 parts modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt), nanochat (https://github.com/karpathy/nanochat).
 """
 
+import functools
 import math
 import os
 from dataclasses import asdict, dataclass, fields
@@ -112,31 +113,31 @@ def read(source, **overrides):
     return GPTConfig.from_saved(saved['model_args'], **overrides), saved.pop('model'), saved
 
 
-def sdpa(q, k, v, dropout):
+def sdpa(q, k, v, dropout, mask=None):
     """
-    Causal attention by torch's fused kernels. q: (B, H, T, hd); k, v: (B, H, S, hd), of which q's are the last T
-    positions. dropout: the probability, 0 outside training.
+    Attention by torch's fused kernels. q: (B, H, T, hd); k, v: (B, H, S, hd). dropout: the probability, 0 outside
+    training. mask: (T, S) or (B, 1, T, S), whether a query may see a key; None: T = S and causal, or a single query
+    that sees all keys.
     """
-    T, S = q.size(2), k.size(2)
-    # is_causal would let the first query see the first key alone, and not the S - T before it
-    mask = causal_mask(T, S, q.device) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S)
+    is_causal = mask is None and q.size(2) > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
 def causal_mask(T, S, device):
-    """(T, S): whether a query, of the last T of S positions, may see a key."""
+    """(T, S): whether a query, of the last T of S positions, may see a key. Torch's is_causal means the first T."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def math_attention(q, k, v, dropout):
+def math_attention(q, k, v, dropout, mask=None):
     """The same by two matmuls and a softmax, with (B, H, T, S) scores in memory. A single query goes to sdpa."""
     B, H, T, hd = q.shape
     if T == 1:
-        return sdpa(q, k, v, dropout)
+        return sdpa(q, k, v, dropout, mask)
     S = k.size(2)
-    q, k, v = (z.flatten(0, 1) for z in (q, k, v))
-    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
-    scores = torch.baddbmm(mask, q, k.mT, alpha=hd ** -0.5)
+    mask = causal_mask(T, S, q.device) if mask is None else mask
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    q, k, v, bias = (z.flatten(0, 1) for z in (q, k, v, bias.expand(B, H, T, S)))
+    scores = torch.baddbmm(bias, q, k.mT, alpha=hd ** -0.5)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
     return (weights @ v).view(B, H, T, hd)
 
@@ -185,8 +186,8 @@ class relu_squared(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    def forward(self, x, cache=None):
-        """x: (..., n). What stands between the embedding and the first block is called with the cache."""
+    def forward(self, x, context=None):
+        """x: (..., n). What stands between the embedding and the first block is called with the context."""
         return rms_norm.apply(x)
 
 
@@ -196,10 +197,9 @@ class ReLUSquared(nn.Module):
 
 
 class LearnedPositions(nn.Embedding):
-    def forward(self, x, cache=None):
-        """x: (B, T, n_embd), embeddings of the T positions after the cache's."""
-        start = cache.length if cache else 0
-        return x + self.weight[start:start + x.size(1)]
+    def forward(self, x, context):
+        """x: (B, T, n_embd), embeddings of the T positions after the context's."""
+        return x + self.weight[context.length:context.length + x.size(1)]
 
 
 class Unturned(nn.Module):
@@ -241,14 +241,10 @@ class Smear(nn.Module):
         super().__init__()
         self.gate = nn.Linear(min(self.inputs, config.n_embd), 1)
 
-    def forward(self, x, cache=None):
-        """x: (B, T, n_embd), embeddings of the T positions after the cache's, which remembers the last of them."""
-        before = cache.last_embedding if cache else None
-        before = torch.zeros_like(x[:, :1]) if before is None else before
-        if cache:
-            cache.last_embedding = x[:, -1:]
+    def forward(self, x, context):
+        """x: (B, T, n_embd), embeddings of the T positions after the context's."""
         gate = torch.sigmoid(self.gate(x[..., :self.gate.in_features]))
-        return x + gate * torch.cat([before, x], dim=1)[:, :-1]
+        return x + gate * context.previous(x)
 
 
 def layer_norm(config):
@@ -271,15 +267,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.attend = sdpa
 
-    def forward(self, x, cache=None):
-        """x: (B, T, n_embd); cache: this layer's keys and values of the positions before x, to which x's are added."""
+    def forward(self, x, context):
+        """x: (B, T, n_embd); context: this layer's part of what they see, to which x's keys and values are added."""
         B, T, C = x.shape
         qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split([2, 1], dim=2)
-        qk = self.rotary(self.qk_norm(qk), cache.end if cache else 0)
+        qk = self.rotary(self.qk_norm(qk), context.length)
         q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # (B, H, T, hd)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        k, v, mask = context.append(k, v)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -303,18 +298,18 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, context):
+        x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))
 
 
 class CheckpointedBlock(Block):
     """A Block that keeps only its input for backward, and computes the rest again there."""
 
-    def forward(self, x, cache=None):
+    def forward(self, x, context):
         if not torch.is_grad_enabled():
-            return super().forward(x, cache)
-        return torch.utils.checkpoint.checkpoint(super().forward, x, cache, use_reentrant=False)
+            return super().forward(x, context)
+        return torch.utils.checkpoint.checkpoint(super().forward, x, context, use_reentrant=False)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -381,22 +376,35 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.__class__ = CheckpointedBlock
 
-    def hidden(self, idx, cache=None):
-        """idx: (B, T) ids -> (B, T, n_embd), after the final norm. With a cache, idx are the positions after it."""
-        return self.contextual(self.transformer.wte(idx), cache)
+    def within_documents(self, eot):
+        """
+        From now on each position sees its own document alone, as if that were a row of its own, but for learned
+        positions, which stay those of the row. A document begins with the id eot, and so with the end of the one before
+        it. Generation, with its KVCache, is not concerned. Raises InputError for virtual tokens.
+        """
+        if self.n_virtual:
+            raise InputError('document_mask would need the virtual tokens of prompt and prefix before each document: '
+                             'leave it out, or use another adapter')
+        self.context = functools.partial(Documents, eot=eot)
 
-    def contextual(self, x, cache=None):
-        """x: (B, T, n_embd), embeddings of the T positions after the cache's -> the same after the final norm."""
-        start, T = cache.length if cache else 0, x.size(1)
-        if start + T > self.config.block_size:
-            raise ValueError(f'{start + T} tokens, but block_size is {self.config.block_size}')
+    def context(self, idx):
+        """What the positions of idx, (B, T) ids, see unless hidden() is told."""
+        return Context()
+
+    def hidden(self, idx, context=None):
+        """idx: (B, T) ids -> (B, T, n_embd), after the final norm. With a KVCache, idx are the positions after it."""
+        return self.contextual(self.transformer.wte(idx), context or self.context(idx))
+
+    def contextual(self, x, context):
+        """x: (B, T, n_embd), embeddings of the T positions after the context's -> the same after the final norm."""
+        end = context.length + x.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}')
         for part in self.stem:
-            x = self.transformer[part](x, cache)
+            x = self.transformer[part](x, context)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[i] if cache else None)
-        if cache:
-            cache.length += T
+            x = block(x, context.layer(i))
         return self.transformer.ln_f(x)
 
     def loss(self, idx, targets):
@@ -528,25 +536,71 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
 
 
-class KVCache:
-    """Keys and values of the positions computed so far, in memory allocated at once, for every layer."""
+class Context:
+    """What the positions of x see: here those before them in x, in every layer the same."""
+    length = 0  # positions before x
+
+    def previous(self, x):
+        """x: (B, T, n_embd) -> at each position what x is at the one before, zeros where none is seen."""
+        return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)[:, :-1]
+
+    def layer(self, i):
+        return self
+
+    def append(self, k, v):
+        """
+        k, v: (B, H, T, hd) of x's positions -> (k, v, mask), of all positions there are, and which of them those of x
+        may see, as attention takes it.
+        """
+        return k, v, None
+
+
+class Documents(Context):
+    """The positions before them in their own document. The id eot, between two, is the first of the second."""
+
+    def __init__(self, idx, eot):
+        """idx: (B, T) ids."""
+        self.begins = idx == eot
+        document = self.begins.cumsum(dim=1)
+        self.mask = (document[:, :, None] == document[:, None]).tril()[:, None]  # (B, 1, T, T)
+
+    def previous(self, x):
+        return super().previous(x).masked_fill(self.begins[..., None], 0.0)
+
+    def append(self, k, v):
+        return k, v, self.mask
+
+
+class KVCache(Context):
+    """Also the positions computed so far: their keys and values, in memory allocated at once, for every layer."""
 
     def __init__(self, config, batch, positions):
-        self.length, self.last_embedding = 0, None
+        self.last_embedding = None
         self.layers = [self.Layer((batch, config.n_head, positions, config.n_embd // config.n_head))
                        for _ in range(config.n_layer)]
 
+    @property
+    def length(self):
+        return self.layers[0].length
+
+    def previous(self, x):
+        before, self.last_embedding = self.last_embedding, x[:, -1:]
+        return super().previous(x) if before is None else torch.cat([before, x], dim=1)[:, :-1]
+
+    def layer(self, i):
+        return self.layers[i]
+
     class Layer:
         def __init__(self, shape):
-            self.shape, self.end, self.k, self.v = shape, 0, None, None
+            self.shape, self.length, self.k, self.v = shape, 0, None, None
 
         def append(self, k, v):
-            """k, v: (B, H, T, hd) of the next T positions. Returns those of all positions so far."""
             if self.k is None:  # allocated here because autocast decides the dtype
                 self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
-            start, self.end = self.end, self.end + k.size(2)
-            self.k[:, :, start:self.end], self.v[:, :, start:self.end] = k, v
-            return self.k[:, :, :self.end], self.v[:, :, :self.end]
+            start, T = self.length, k.size(2)
+            S = self.length = start + T
+            self.k[:, :, start:S], self.v[:, :, start:S] = k, v
+            return self.k[:, :, :S], self.v[:, :, :S], causal_mask(T, S, k.device) if 1 < T < S else None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

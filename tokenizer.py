@@ -27,7 +27,7 @@ import numpy as np
 from configurator import InputError
 
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}  # what files that name no tokenizer are taken for, as nanoGPT does
-GPT2_VOCAB = 50257
+GPT2_VOCAB, GPT2_EOT = 50257, 50256
 END_OF_TEXT = '<|endoftext|>'
 ASSUMED_META = {'tokenizer': GPT2, 'vocab_size': GPT2_VOCAB, 'dtype': 'uint16'}  # of a folder with neither meta file
 OWN_KEY = 'sologpt'  # in tokenizer_config.json: what to_dict() says
@@ -361,6 +361,11 @@ def from_dict(described):
     if kind == 'unknown':
         raise InputError(f'{described["why"]}: set dataset to a folder in data/ with the tokenizer that the model has')
     raise InputError(f'unknown tokenizer {kind!r}: known are bytes, chars, tiktoken and json')
+
+
+def eot_of(described):
+    """The id that ends a text, or None, of the tokenizer that to_dict() described; GPT-2's need not be at hand."""
+    return GPT2_EOT if described == GPT2 else from_dict(described).eot
 
 
 def agree(described, own):

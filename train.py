@@ -65,6 +65,8 @@ n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # in LayerNorms and Linears
 smear = False  # each embedding takes in a gated part of the one before it
+document_mask = False  # attention, and smear, only within a document: text between two ends of text; learned positions
+# ... stay those in the sequence
 # parts of the model, to depart from arch (None: as arch has it)
 norm: str | None = None  # 'layernorm' or 'rmsnorm'
 positions: str | None = None  # 'learned' or 'rotary'
@@ -377,6 +379,12 @@ if trained:
                          f'{model.config.block_size - model.n_virtual}')
     hardware.give_back_memory()
 model.use_attention(attn_backend)
+if document_mask:
+    eot = tokenizer.eot_of(meta['tokenizer'])
+    if eot is None:
+        raise InputError(f'document_mask: the tokenizer of {data_dir} has no end of text: leave document_mask out, or '
+                         f'use another dataset')
+    model.within_documents(eot)
 if checkpoint_activations:
     model.checkpoint_activations()
 if weights_dtype == 'bfloat16':
@@ -469,7 +477,8 @@ if isinstance(optimizer, optim.Muon):
 if master:
     print(f'{describe(resolved, given)}\n'
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
-          f'{attn_backend}; {"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
+          f'{attn_backend}{", within documents" if document_mask else ""}; '
+          f'{"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
           f'matmuls of the blocks: {matmul_how}\n{adapter_how}'
           f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
           f'data: {data_dir}, {train_tokens.n_tokens:,} + {val_tokens.n_tokens:,} tokens, vocabulary {n_ids}\n'

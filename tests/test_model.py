@@ -112,6 +112,85 @@ def test_position_t_sees_nothing_after_it(kind):
     assert (difference[:10] == 0).all() and difference[10] > 0 and difference[11:].max() > 0
 
 
+def packed(seed=0):
+    """(2, 16) ids of several documents, each but a row's first begins with 0; targets; [(row, start, end), ...]"""
+    idx, targets = torch.randint(1, 33, (2, 2, 16), generator=torch.Generator().manual_seed(seed))
+    idx[0, [5, 6, 12]] = idx[1, [0, 9]] = 0
+    return idx, targets, [(0, 0, 5), (0, 5, 6), (0, 6, 12), (0, 12, 16), (1, 0, 9), (1, 9, 16)]
+
+
+def logits_and_grads(m, pieces):
+    """Of the sum of the losses of [(idx, targets), ...]."""
+    logits = [m(idx, targets)[0].flatten(0, 1) for idx, targets in pieces]
+    loss = F.cross_entropy(torch.cat(logits), torch.cat([targets.flatten() for _, targets in pieces]), reduction='sum')
+    return torch.cat(logits), *torch.autograd.grad(loss, list(m.parameters()))
+
+
+@pytest.mark.parametrize('smear', [False, True])
+@pytest.mark.parametrize('attention', ['sdpa', 'math'])
+def test_a_packed_document_is_as_one_in_a_row_of_its_own(attention, smear):
+    m, alone = (varied(attention, arch='modern', smear=smear) for _ in range(2))
+    idx, targets, documents = packed()
+    expected = logits_and_grads(alone, [(idx[row:row + 1, start:end], targets[row:row + 1, start:end])
+                                        for row, start, end in documents])
+    assert (m(idx, targets)[0].flatten(0, 1) - expected[0]).abs().max() > 0.1
+    m.within_documents(0)
+    for ours, theirs in zip(logits_and_grads(m, [(idx, targets)]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('attention', ['sdpa', 'math'])
+def test_learned_positions_stay_those_of_the_row(attention):
+    m, reference = varied(attention), varied()
+    idx, targets, _ = packed()
+    allowed = torch.tensor([[[j <= i and 0 not in row[j + 1:i + 1] for j in range(16)] for i in range(16)]
+                            for row in idx.tolist()])
+
+    def attend(q, k, v, dropout, mask):
+        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~allowed[:, None], -math.inf)
+        return scores.softmax(-1) @ v
+    for block in reference.transformer.h:
+        block.attn.attend = attend
+    m.within_documents(0)
+    for ours, theirs in zip(*(logits_and_grads(each, [(idx, targets)]) for each in (m, reference)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('attention', ['sdpa', 'math'])
+def test_a_document_does_not_depend_on_the_one_before(attention, kind):
+    m, plain = varied(attention, **kind), varied(attention, **kind)
+    m.within_documents(0)
+    idx, targets, _ = packed()
+    changed = idx.clone()
+    changed[0, 8] += 1 if idx[0, 8] < 32 else -1
+    with torch.no_grad():
+        difference = (m(idx, targets)[0] - m(changed, targets)[0]).abs().amax(-1)
+        assert (difference[0, 8:12] > 0).all() and difference.count_nonzero() == 4
+        whole = idx + (idx == 0)  # a single document in each row
+        torch.testing.assert_close(m(whole, targets)[0], plain(whole, targets)[0])
+        # a text that is continued is one document
+        assert torch.equal(m.generate(idx, 20, temperature=0), plain.generate(idx, 20, temperature=0))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_documents_compile_whole_and_in_checkpointed_blocks(kind):
+    idx, targets, _ = packed()
+    grads = []
+    for compiled, checkpointed in ((False, False), (False, True), (True, False), (True, True)):
+        m = varied(**kind).train()
+        m.within_documents(0)
+        if checkpointed:
+            m.checkpoint_activations()
+        run = torch.compile(m.loss, backend='aot_eager', fullgraph=True) if compiled else m.loss
+        loss = run(idx, targets)
+        grads.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
+    assert grads[0][0] != varied(**kind).loss(idx, targets)
+    for plain, *others in zip(*grads, strict=True):
+        for other in others:
+            assert (other - plain).norm() <= 1e-5 * plain.norm()
+
+
 def uncached(m, idx, n):
     """nanoGPT's loop, greedy."""
     for _ in range(n):

@@ -40,6 +40,14 @@ def test_tiktoken_special_token(monkeypatch):
     assert t.encode('de<|endoftext|>') == [256, 257] and t.eot == 257 and t.vocab_size == 258
 
 
+def test_the_end_of_text_of_gpt2_needs_no_download(monkeypatch):
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: fake_gpt2({'other': name}[name]))
+    ends = [tokenizer.eot_of(described) for described in (
+        tokenizer.ASSUMED_META['tokenizer'], {'kind': 'tiktoken', 'name': 'other'}, {'kind': 'bytes'},
+        {'kind': 'chars', 'chars': ['a']})]
+    assert ends == [50256, 257, 0, None]
+
+
 def test_unreachable_network_is_said(monkeypatch):
     def get(name):
         raise ConnectionError('no route')

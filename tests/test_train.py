@@ -14,7 +14,9 @@ from conftest import ROOT, TINY, options, write_tokens
 import checkpoint
 import hardware
 from configurator import InputError
+from loader import eval_batches
 from matmul import NAMES, restore
+from model import GPT
 
 
 def log(folder, out='out'):
@@ -104,6 +106,33 @@ def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
         assert straight['batches'].epoch(4) > 1
     if overrides.get('dtype') == 'float16':
         assert checkpoint.load('halves/ckpt.pt')['scaler']['scale'] <= 2.0 ** 15
+
+
+@pytest.mark.parametrize('attn_backend', ['sdpa', 'math'])
+def test_documents_are_kept_apart_also_after_a_resume(project, attn_backend):
+    ids = np.random.default_rng(0).integers(60, 100, 3000) * (np.arange(3000) % 7 > 0)
+    write_tokens(project.folder / 'data' / 'documents', ids[:2500], ids[2500:])
+    setup = dict(dataset='documents', arch='modern', smear=True, dropout=0.2, attn_backend=attn_backend, max_iters=8)
+    project.train(out_dir='packed', **setup)
+    straight, out = project.train(out_dir='straight', document_mask=True, **setup)
+    assert f'attention {attn_backend}, within documents; ' in out
+    project.train(out_dir='halves', document_mask=True, **setup | dict(max_iters=4, lr_decay_iters=8))
+    halves, out = project.resume(out_dir='halves', max_iters=8)
+    assert ', within documents; ' in out
+    for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
+        assert torch.equal(a, b)
+    (packed, _), (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('packed', 'straight', 'halves'))
+    assert steps == steps2 and val.items() <= val2.items() and packed[7] != steps[7]
+    # an evaluation is that of each document alone
+    alone, total, n = GPT.from_checkpoint('straight/ckpt.pt')[0].eval(), 0.0, 0
+    for x, y in eval_batches(straight['val_tokens'], 4, 2, torch.device('cpu')):
+        for row, targets in zip(x, y, strict=True):
+            begins = [0, *(i for i in range(1, 16) if row[i] == 0), 16]
+            for start, end in zip(begins, begins[1:], strict=False):
+                with torch.no_grad():
+                    total += alone.loss(row[None, start:end], targets[None, start:end]).item() * (end - start)
+                n += end - start
+    assert val[8] == pytest.approx(total / n, rel=1e-5)
 
 
 @pytest.mark.parametrize('model', [dict(arch='gpt2'), dict(arch='modern', smear=True, optimizer='muon')],
@@ -553,6 +582,11 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(adapter='lora', init_from='base', adapter_dropout=1), 'adapter dropout 1.0 must be in'),
     (dict(adapter_from='nothere', init_from='base'), "no folder 'nothere' with an adapter"),
     (dict(base_format='nf4'), 'base_format=nf4 is for the base of an adapter'),
+    (dict(document_mask=True, dataset='chars'), 'the tokenizer of data/chars has no end of text'),
+    (dict(document_mask=True, adapter='prompt', init_from='base', num_virtual_tokens=4, block_size=12),
+     'document_mask would need the virtual tokens'),
+    (dict(document_mask=True, adapter='prefix', init_from='base', num_virtual_tokens=4, block_size=12),
+     'document_mask would need the virtual tokens'),
 ])
 def test_bad_input_is_refused_and_nothing_overwritten(project, overrides, message):
     write_tokens(project.folder / 'data' / 'chars', [1] * 99, [1] * 99, vocab_size=2,
