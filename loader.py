@@ -10,6 +10,7 @@ another number of processes, reads the same tokens.
 import bisect
 import itertools
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -60,17 +61,17 @@ class Tokens:
             return np.frombuffer(f.read((self.block_size + 1) * self.dtype.itemsize), dtype=self.dtype)
 
     def batch(self, windows, device):
-        """(x, y), each (len(windows), block_size) int64 on `device`; windows: (number, offset) pairs."""
+        """
+        (x, y), each (len(windows), block_size) int64, in memory that `device` copies from; windows: (number, offset)
+        pairs.
+        """
         rows = np.stack([self.read(window, offset) for window, offset in windows])
         if rows.max() >= self.n_ids:
             raise InputError(f'{os.path.dirname(self.paths[0])} has the token id {rows.max()}, but the vocabulary has '
                              f'{self.n_ids} ids: the data belongs to another tokenizer or model')
         rows = torch.from_numpy(rows.astype(np.int64))
-        if device.type == 'cuda':
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        else:
-            rows = rows.to(device)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return (x.pin_memory(), y.pin_memory()) if device.type == 'cuda' else (x, y)
 
     def _check_ids(self, most=2 ** 27):
         """Small data is checked whole, before the run begins; of larger data, every batch as it is read."""
@@ -84,6 +85,10 @@ class Tokens:
                                  f'the data belongs to another tokenizer or model')
 
 
+def to_device(batch, device):
+    return tuple(tensor.to(device, non_blocking=device.type == 'cuda') for tensor in batch)
+
+
 class TrainBatches:
     """Batches without replacement, as a pure function of (seed, step, micro-step, process)."""
 
@@ -92,12 +97,18 @@ class TrainBatches:
         self.tokens, self.batch_size, self.micro_steps, self.seed = tokens, batch_size, micro_steps, seed
         self.rank, self.world_size = rank, world_size
         self._epochs = {}
+        self._thread, self._ahead = ThreadPoolExecutor(1), {}
 
     def get(self, step, micro_step, device):
-        """x, y: (batch_size, block_size) int64."""
-        batch = (step * self.micro_steps + micro_step) * self.world_size + self.rank
-        numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
-        return self.tokens.batch([self._window(number) for number in numbers], device)
+        """x, y: (batch_size, block_size) int64. A thread reads the batch after this one: a disk may be slow."""
+        number = step * self.micro_steps + micro_step
+        batch = (self._ahead.get(number) or self._thread.submit(self._read, number, device)).result()
+        self._ahead = {number + 1: self._thread.submit(self._read, number + 1, device)}
+        return to_device(batch, device)
+
+    def _read(self, number, device):
+        first = (number * self.world_size + self.rank) * self.batch_size
+        return self.tokens.batch([self._window(n) for n in range(first, first + self.batch_size)], device)
 
     def epoch(self, step):
         """Epochs begun and finished before `step`, as a fraction."""
@@ -122,4 +133,4 @@ def eval_batches(tokens, batch_size, n_batches, device):
     n -= n % batch_size if n > batch_size else 0
     windows = [(i * tokens.n_windows // n, 0.0) for i in range(n)]
     for i in range(0, n, batch_size):
-        yield tokens.batch(windows[i:i + batch_size], device)
+        yield to_device(tokens.batch(windows[i:i + batch_size], device), device)

@@ -21,10 +21,11 @@ from bench.process import python
 from configurator import InputError
 from tokenizer import by_name
 
-SAMPLE = 0.1  # of the text that both encode in turn
+SAMPLE = 10  # each tenth document is encoded by both in turn
 SHARDS = 40  # that the tokens go to, or about
+# what, sequences, tokens in each, ms of a step
 STEPS = [('a step of 50 ms on a GPU', 16, 1024, 50.0), ('a step of config/speedrun_cpu.py', 16, 64, 33.6)]
-N_BATCHES = 10_000
+N_BATCHES, N_STEPS = 10_000, 200
 
 
 def measure(config, train_args, picture):
@@ -34,62 +35,73 @@ def measure(config, train_args, picture):
     n_bytes = int(config['gigabytes'] * 1e9)
     if n_bytes < 1:
         raise InputError(f'gigabytes={config["gigabytes"]} must be above 0')
-    tokenizer = by_name(config['tokenizer'])
+    by_name(config['tokenizer'])  # before anything else takes time
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: os.path.join(folder, name) for name in ('sample', 'parquet', 'text')}
-        text, sample = write_text(paths, n_bytes)
-        figures = [throughput(paths['sample'], sample, tokenizer, config['runs'])]
-        del sample
+        # in processes of their own: what this one has used counts as memory of all that it starts
+        text = json.loads(_run('write_text', paths, n_bytes)[0])
+        out = _run('throughput', paths['sample'], config['tokenizer'], config['runs'])[0].splitlines()
+        print(out[0], flush=True)
+        figures = [json.loads(out[1])]
         for name, pattern in (('parquet', paths['parquet'] + '/*.parquet'), ('text', paths['text'] + '/all.txt')):
             dest, shard = os.path.join(folder, f'{name}-tokens'), max(1000, n_bytes // 4 // SHARDS)
-            _, seconds, memory = python(['-c', f'from bench import data; data.prepare({dest!r}, {pattern!r}, '
-                                               f'{config["tokenizer"]!r}, {shard})'])
+            _, seconds, memory = _run('prepare', dest, pattern, config['tokenizer'], shard)
             with open(os.path.join(dest, 'meta.json'), encoding='utf-8') as f:
                 tokens = sum(json.load(f)['tokens'].values())
             figures.append({'what': f'prepare, {name}', 'bytes': text, 'tokens': tokens, 'seconds': seconds,
                             'memory': memory})
             print(f'{text / 1e9:.2f} GB of {name}: {tokens / 1e6:.1f}M tokens in {seconds:.1f} s, '
-                  f'{memory / 1e9:.2f} GB of memory')
+                  f'{memory / 1e9:.2f} GB of memory', flush=True)
+        os.sync()  # what is still being written to the disk would disturb
         for what, batch_size, block_size, step_ms in STEPS:
-            out, _, _ = python(['-c', f'from bench import data; data.read_batches({dest!r}, {batch_size}, '
-                                      f'{block_size}, {N_BATCHES})'])
+            out = _run('read_batches', dest, batch_size, block_size, step_ms, N_BATCHES, N_STEPS)[0]
             figures.append({'what': what, 'step_ms': step_ms, **json.loads(out)})
             row = figures[-1]
-            print(f'{what}: {batch_size} x {block_size} tokens of {row["files"]} files in {row["ms"]:.3f} ms, '
-                  f'{row["ms"] / step_ms:.2%}; memory grew by {row["grown"] / 1e6:.1f} MB in {N_BATCHES:,} batches')
+            print(f'{what}: {batch_size} x {block_size} tokens of {row["files"]} files take {row["ms"]:.3f} ms, '
+                  f'{row["ms"] / step_ms:.2%} of it, if nothing else is done meanwhile; a step waits '
+                  f'{row["waited_ms"]:.3f} ms, {row["waited_ms"] / step_ms:.2%}; memory grew by '
+                  f'{row["grown"] / 1e6:.1f} MB in {N_BATCHES:,} batches')
     return figures
 
 
+def _run(function, *args):
+    return python(['-c', f'from bench import data; data.{function}(*{args!r})'])
+
+
 def write_text(paths, n_bytes):
-    """The same documents as parquet and as one text, and a sample of them; (bytes written, the sample)."""
+    """The same documents as parquet and as one text, and a sample of them; prints how many bytes they are."""
     import pyarrow
     import pyarrow.parquet
     for path in paths.values():
         os.makedirs(path)
     documents, sample, written, part = [], [], 0, 0
 
-    def flush(name):
-        table = pyarrow.table({'text': documents})
+    def write(name, rows):
+        table = pyarrow.table({'text': rows})
         pyarrow.parquet.write_table(table, os.path.join(paths[name], f'{part:03d}.parquet'), row_group_size=1000)
     with open(os.path.join(paths['text'], 'all.txt'), 'w', encoding='utf-8', newline='') as f:
-        # the source of the packages again and again, each document with a number, so that none is another's copy
+        # again and again, each document with a number, so that none is another's copy
         for number, document in enumerate(itertools.cycle(sources.Source(sources.installed_code()))):
             document = f'# {number}\n{document}'
             documents.append(document)
             f.write(document)
             written += len(document.encode())
-            if not sample and written >= SAMPLE * n_bytes:
-                sample = list(documents)
-                flush('sample')
+            if number % SAMPLE == 0:
+                sample.append(document)
             if written >= n_bytes or len(documents) == 20_000:
-                flush('parquet')
+                write('parquet', documents)
                 documents, part = [], part + 1
             if written >= n_bytes:
-                return written, sample
+                break
+    write('sample', sample)
+    print(written)
 
 
-def throughput(folder, sample, tokenizer, runs):
-    """Tokens per second of the whole preparation, and of tiktoken alone with so many threads as there are cores."""
+def throughput(folder, tokenizer, runs):
+    """
+    Prints tokens per second of the whole preparation, and of tiktoken alone with so many threads as there are cores.
+    """
+    sample, tokenizer = list(sources.hub(f'{folder}/*.parquet')), by_name(tokenizer)
     seconds = {'prepare': [], 'tiktoken': []}
     for run in range(runs + 1):  # the first warms up
         start = time.perf_counter()
@@ -100,22 +112,25 @@ def throughput(folder, sample, tokenizer, runs):
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             corpus.prepare(os.path.join(folder, str(run)), sources.hub(f'{folder}/*.parquet'), tokenizer,
-                           corpus.SomeDocuments(0.01))
+                           corpus.SomeDocuments(0.1))
         seconds['prepare'].append(time.perf_counter() - start)
     rates = {name: n_tokens / statistics.median(s[1:]) for name, s in seconds.items()}
     print(f'{n_tokens / 1e6:.1f}M tokens with {corpus.n_cores()} cores: prepare {rates["prepare"] / 1e6:.2f}M tok/s, '
           f'encode_ordinary_batch alone {rates["tiktoken"] / 1e6:.2f}M: {rates["prepare"] / rates["tiktoken"]:.0%}')
-    return {'what': 'throughput', 'tokens': n_tokens, 'cores': corpus.n_cores(), 'tokens_per_s': rates,
-            'runs': {name: [n_tokens / t for t in s[1:]] for name, s in seconds.items()}}
+    print(json.dumps({'what': 'throughput', 'tokens': n_tokens, 'cores': corpus.n_cores(), 'tokens_per_s': rates,
+                      'runs': {name: [n_tokens / t for t in s[1:]] for name, s in seconds.items()}}))
 
 
 def prepare(dest, pattern, tokenizer, shard):
     source = sources.hub(pattern) if pattern.endswith('.parquet') else sources.find([pattern])
-    corpus.prepare(dest, source, by_name(tokenizer), corpus.SomeDocuments(0.01), shard=shard)
+    corpus.prepare(dest, source, by_name(tokenizer), corpus.SomeDocuments(0.1), shard=shard)
 
 
-def read_batches(folder, batch_size, block_size, n):
-    """Prints the median ms of a batch, and by how much n of them let the process grow."""
+def read_batches(folder, batch_size, block_size, step_ms, n, n_steps):
+    """
+    Prints the median ms of a batch read at once after another, of the wait for one when a step lies between them, and
+    by how much n of them let the process grow.
+    """
     import resource
 
     import torch
@@ -124,13 +139,20 @@ def read_batches(folder, batch_size, block_size, n):
     from tokenizer import read_meta
     tokens = Tokens(folder, 'train', read_meta(folder), block_size)
     batches, device = TrainBatches(tokens, batch_size, 1, seed=1), torch.device('cpu')
-    times, before = [], None
-    for step in range(n + 100):
-        start = time.perf_counter()
-        batches.get(step, 0, device)
-        times.append(time.perf_counter() - start)
-        if step == 100:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    print(json.dumps({'ms': 1e3 * float(np.median(times)), 'batch_size': batch_size, 'block_size': block_size,
-                      'files': len(tokens.paths), 'epochs': batches.epoch(n), 'grown': grown}))
+
+    def read(steps, between):
+        times = []
+        for step in steps:
+            start = time.perf_counter()
+            batches.get(step, 0, device)
+            times.append(1e3 * (time.perf_counter() - start))
+            time.sleep(between)
+        return float(np.median(times))
+
+    def memory():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    waited_ms = read(range(n_steps), step_ms / 1e3)
+    before = memory()
+    ms = read(range(n_steps, n_steps + n), 0)
+    print(json.dumps({'ms': ms, 'waited_ms': waited_ms, 'batch_size': batch_size, 'block_size': block_size,
+                      'files': len(tokens.paths), 'epochs': batches.epoch(n), 'grown': memory() - before}))

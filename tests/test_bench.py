@@ -1,4 +1,8 @@
+import base64
+import contextlib
+import io
 import json
+import time
 
 import pytest
 import torch
@@ -7,13 +11,16 @@ from conftest import ROOT, TINY, options
 import adapters
 import bench.ablation
 import bench.adapters
+import bench.data
 import bench.export
 import bench.formats
 import bench.matmul
 import bench.sweep
+import corpus
 import hardware
 import matmul
 import runlog
+import tokenizer
 from bench import process
 from configurator import InputError, resolve
 
@@ -343,3 +350,41 @@ def test_export(run_bench, monkeypatch):
     assert nano['seconds'] > 0 and 'modern' in out
     with pytest.raises(InputError, match='this suite trains nothing'):
         run_bench('--suite=export', '--n_layer=1')
+
+
+def test_data(run_bench, monkeypatch, tmp_path):
+    """With bytes in place of a BPE that would have to be downloaded."""
+    for name, value in (('N_BATCHES', 40), ('N_STEPS', 2), ('SHARDS', 4),
+                        ('STEPS', [('a step', 2, 16, 1.0), ('another', 1, 8, 1.0)])):
+        monkeypatch.setattr(bench.data, name, value)
+    ranks = ''.join(f'{base64.b64encode(bytes([b])).decode()} {b}\n' for b in range(256))
+    (tmp_path / 'bytes.tiktoken').write_text(ranks)
+    monkeypatch.setitem(tokenizer.RANK_FILES, 256, ('bytes', r'\S+|\s+', {'<|endoftext|>': 256}))
+    files = [str(tmp_path / f'{i}.py') for i in range(20)]
+    for i, path in enumerate(files):
+        with open(path, 'w') as f:
+            f.write(f'{i:03d}\n' * 250)  # 1,000 bytes
+    monkeypatch.setattr(bench.data.sources, 'installed_code', lambda: files)
+
+    def run(function, *args):
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            getattr(bench.data, function)(*args)
+        return out.getvalue(), time.perf_counter() - start, 10 ** 6
+    monkeypatch.setattr(bench.data, '_run', run)
+    monkeypatch.setattr(corpus, 'LONGEST', 5000)
+    monkeypatch.setattr(bench.data.sources, 'LONGEST', 5000)  # or the one long text would be one document
+    measured, out = run_bench('--suite=data', f'--tokenizer={tmp_path}/bytes.tiktoken', '--gigabytes=0.0005',
+                              '--runs=1')
+    both, parquet, text, *steps = measured['figures']
+    n = len([d for d in range(600) if sum(1003 + len(str(i)) for i in range(d)) < 5e5])  # '# {number}\n' before each
+    assert parquet['bytes'] == text['bytes'] == sum(1003 + len(str(i)) for i in range(n))
+    assert both['tokens'] == sum(1003 + len(str(i)) for i in range(0, n, 10))
+    assert both['tokens_per_s'].keys() == {'prepare', 'tiktoken'}
+    assert parquet['tokens'] == parquet['bytes'] + n - 2  # an end of text between documents, in either split
+    assert text['tokens'] < text['bytes'] + n / 4
+    assert all(13 <= row['files'] <= 16 for row in steps)
+    assert all(row['ms'] > 0 and row['waited_ms'] > 0 and row['epochs'] > 0 for row in steps)
+    assert 'encode_ordinary_batch alone' in out
+    with pytest.raises(InputError, match='trains nothing'):
+        run_bench('--suite=data', '--n_layer=1')

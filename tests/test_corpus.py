@@ -22,7 +22,7 @@ import sources
 import tokenizer
 from configurator import InputError
 from corpus import Endings, FirstTokens, SomeDocuments
-from loader import Tokens, TrainBatches
+from loader import Tokens
 
 RNG = random.Random(7)
 WORDS = ['the', ' cat', 'é', '日本', '\n', ' 1', '.', '\r\n', ' \t', '\U0001F600', 'x' * 20]
@@ -381,22 +381,6 @@ def test_one_preparation_at_a_time(folder):
         ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True,
                              env=os.environ | {'PYTHONPATH': ROOT})
     assert 'InputError: data is being prepared by another process' in ran.stderr
-
-
-def test_training_on_what_is_finished(folder):
-    """While a preparation goes on: every window of the finished shards once, by one process or by three."""
-    with pytest.raises(InputError, match='gave the id'):
-        prepare(tokenizer=Wrong(), split=FirstTokens(10), shard=20)
-    loaded = Tokens('data', 'train', tokenizer.read_meta('data'), block_size=4)
-    assert len(loaded.paths) > 5
-
-    def windows(rank, of, steps):
-        batches = TrainBatches(loaded, 1, 1, seed=1, rank=rank, world_size=of)
-        return [batches._window(step * of + rank)[0] for step in range(steps)]
-    for of in (1, 3):
-        order = [w for step in zip(*(windows(rank, of, -(-loaded.n_windows // of)) for rank in range(of)),
-                                   strict=True) for w in step]
-        assert sorted(order[:loaded.n_windows]) == list(range(loaded.n_windows))
 
 
 def test_write(tmp_path, monkeypatch):

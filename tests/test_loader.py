@@ -60,6 +60,30 @@ def test_processes_share_a_step(tmp_path):
     assert one.epoch(78) == two[0].epoch(78) == 78 * 16 / t.n_windows
 
 
+@pytest.mark.parametrize('processes', [1, 3])
+def test_every_window_once_over_shards_and_processes(tmp_path, processes):
+    t = tokens(tmp_path, [700, 8, 300, 450, 21], block_size=10)
+    batches = [TrainBatches(t, 2, micro_steps=3, seed=5, rank=r, world_size=processes) for r in range(processes)]
+    starts = []
+    for step in range(-(-t.n_windows // (6 * processes))):
+        for micro_step in range(3):
+            starts += [int(s) for b in batches for s in b.get(step, micro_step, CPU)[0][:, 0]]
+    first_epoch = starts[:t.n_windows]
+    assert len(set(first_epoch)) == t.n_windows and (np.diff(sorted(first_epoch)) >= 10).all()
+
+
+def test_batches_asked_for_in_any_order(tmp_path):
+    """A thread reads the next one ahead, which may not be what is asked for then."""
+    t = tokens(tmp_path, [5000], block_size=8)
+    b = TrainBatches(t, 4, 2, seed=1)
+    steps = [(0, 0), (0, 1), (3, 0), (3, 0), (2, 1), (3, 0), (3, 1), (0, 0)]
+    seen = {}
+    for step in steps:
+        x, _ = b.get(*step, CPU)
+        assert torch.equal(seen.setdefault(step, x), x)
+        assert torch.equal(x, TrainBatches(t, 4, 2, seed=1).get(*step, CPU)[0])
+
+
 def test_evaluation_reads_the_same_and_no_random_state(tmp_path):
     t = tokens(tmp_path, [1000], block_size=10)
     before = torch.get_rng_state()
