@@ -268,8 +268,9 @@ def hub(path, config=None, field='text', name=None):
     builder = patiently(build, what)
     files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
     if not files.get('train'):
-        raise InputError(f'{what} has no files to train on: '
-                         + (f'it has {", ".join(files)}' if files.keys() - {'train'} else f'there is no {path}'))
+        others = ', '.join(files.keys() - {'train'})
+        raise InputError(f'{what} has no split train in files, only {others}' if others else
+                         f'{what}: there is no {path}')
     return Source(files['train'], field, rows_of(builder.name), what)
 
 

@@ -1,13 +1,16 @@
 """The README's commands, as a user types them."""
 
+import hashlib
 import os
 import re
 import shutil
+import sysconfig
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, options
+from test_sources import parquet
 
 import checkpoint
 import tokenizer
@@ -91,6 +94,87 @@ def test_prepared_text_is_split_by_characters(project):
                           (['a.txt', '--tokenizer=damaged.json'], 'damaged.json cannot be read')):
         ran = project.run(script, *argv, '--name=bad')
         assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
+
+
+def copy_preparations(project, *names):
+    for name in PREPARING:
+        shutil.copy(os.path.join(ROOT, name), project.folder)
+    for name in names:
+        shutil.copytree(os.path.join(ROOT, 'data', name), project.folder / 'data' / name,
+                        ignore=shutil.ignore_patterns('*.bin*', '*.json'))
+
+
+def test_web_text_from_parquet_to_training(project):
+    """FineWeb-Edu and OpenWebText, of copies in a folder, which are read in the way that the hub is."""
+    copy_preparations(project, 'fineweb_edu', 'openwebtext')
+    documents = [f'{i} is a number, and so is {i + 1}. ' * (1 + i % 9) for i in range(200)]
+    for i, place in enumerate(('edu/sample/10BT/000', 'edu/sample/10BT/001', 'edu/data/CC-MAIN-2024-10/000',
+                               'owt/plain_text/train-0')):
+        parquet(project.folder / f'{place}_00000.parquet', documents[i * 50:i * 50 + 50])
+    prepare = str(project.folder / 'data' / 'fineweb_edu' / 'prepare.py')
+    options = ('--source=edu', '--tokenizer=bytes', '--val_tokens=500', '--shard_tokens=1k')
+    for more, tokens in (('--tokens=1500', 1500), ('--tokens=2k', 2000), ('--tokens=2k', 2000)):
+        ran = project.run(prepare, *options, more)
+        assert ran.returncode == 0, ran.stderr
+        assert f'{tokens:,}' in ran.stdout.replace('.bin', '') and '500 tokens' in ran.stdout
+    assert sorted(os.listdir(project.folder / 'data' / 'fineweb_edu')) == [
+        'meta.json', 'prepare.py', 'progress.json', 'progress.lock', 'train_000.bin', 'train_001.bin', 'val.bin']
+    _, out = project.train(dataset='fineweb_edu', document_mask=True)
+    assert '2,000 + 500 tokens' in out
+    ran = project.run(str(project.folder / 'data' / 'openwebtext' / 'prepare.py'), '--source=owt', '--tokenizer=bytes',
+                      '--val_tokens=500')
+    assert ran.returncode == 0 and 'data/openwebtext/train.bin: ' in ran.stdout, ran.stderr
+    for argv, message in (((*options, '--name=sample-9BT'), '--name=sample-9BT is not known: use default, sample-10BT'),
+                          ((*options, '--seed=3'), 'data/fineweb_edu was prepared with other seed'),
+                          (('--source=nothere', '--tokenizer=bytes'), 'sample-10BT: there is no nothere/sample/10BT'),
+                          ((*options, '--name=CC-MAIN-2024-10'), 'other files')):
+        ran = project.run(prepare, *argv)
+        assert ran.returncode == 2 and message in ran.stderr and len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+def test_installed_code(project, monkeypatch):
+    """Every file once, and no text in both splits; then what describe.py says of it."""
+    copy_preparations(project, 'pycode')
+    shutil.copy(os.path.join(ROOT, 'data', 'describe.py'), project.folder / 'data')
+    files = {f'pkg/{i % 7}/m{i}.py': f'x = {i}\n' * (i + 1) for i in range(150)}
+    for name, text in files.items():
+        os.makedirs(os.path.dirname(project.folder / name), exist_ok=True)
+        (project.folder / name).write_text(text)
+    for name, content in (('copy.py', files['pkg/3/m3.py'].encode()), ('latin.py', 'é'.encode('latin-1')),
+                          ('data.txt', b'no code'), ('empty.py', b'')):
+        (project.folder / 'pkg' / name).write_bytes(content)
+    monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(project.folder / 'pkg'))
+    prepare = os.path.relpath(project.folder / 'data/pycode/prepare.py', ROOT)
+    _, out = project._in_process(prepare, ['--val=0.2'])
+    splits = {split: bytes(np.fromfile(f'data/pycode/{split}.bin', '<u2').astype(np.uint8)).decode().split('\0')
+              for split in ('train', 'val')}
+    assert sorted(splits['train'] + splits['val']) == sorted(files.values()) and len(splits['val']) > 10
+    meta = tokenizer.read_meta('data/pycode')
+    assert meta['source'].startswith('packages of Python 3.') and meta['source'].endswith(', 151 files')
+
+    def describe():
+        ran = project.run(str(project.folder / 'data/describe.py'), 'data/pycode', '--excerpt=9')
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+    out = describe()
+    n = sum(map(len, splits['train']))
+    assert f'{n + len(splits["train"]) - 1:,} tokens' in out and f'{len(splits["train"])} documents' in out
+    assert 'tokenizer bytes, 256 ids in uint16' in out and '0 of them (0 tokens) are documents of val' in out
+    shares = [float(s) for s in re.findall(r'([\d.]+)% of the tokens', out)]
+    assert abs(sum(shares) - 200) < 1
+    assert out.count(f'sha256 {hashlib.sha256(open("data/pycode/val.bin", "rb").read()).hexdigest()}') == 1
+    assert out.endswith(f'{splits["train"][0][:9]}\n') and splits['val'][0][:9] in out
+    # documents of val in train, one of which spans two shards
+    again = '\0'.join(splits['val'][:3]).encode()
+    for i, part in enumerate((again[:9], again[9:])):
+        np.frombuffer(part, np.uint8).astype('<u2').tofile(f'data/pycode/train_00{i}.bin')
+    os.remove('data/pycode/train.bin')
+    out = describe()
+    assert f'3 of them ({len(again) - 2:,} tokens) are documents of val as well' in out
+    assert f'meta.json says {n + len(splits["train"]) - 1 - len(again):+,} tokens' in out
+    for argv, message in ((['nothere'], 'there is no folder nothere'),):
+        ran = project.run(str(project.folder / 'data/describe.py'), *argv)
+        assert ran.returncode == 2 and message in ran.stderr
 
 
 def test_quickstart_prepares_its_data_and_prints_a_sample(project):

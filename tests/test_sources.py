@@ -148,7 +148,7 @@ def test_a_dataset_of_json_files(tmp_path):
     with pytest.raises(InputError, match="has no field 'body'"):
         list(hub(str(tmp_path / 'set'), field='body'))
     os.rename(tmp_path / 'set' / 'train.jsonl', tmp_path / 'set' / 'test.jsonl')
-    with pytest.raises(InputError, match='has no files to train on: it has test'):
+    with pytest.raises(InputError, match='has no split train in files, only test'):
         hub(str(tmp_path / 'set'))
 
 
