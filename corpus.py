@@ -15,7 +15,6 @@ bytes.
 import argparse
 import collections
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -28,8 +27,8 @@ import numpy as np
 import tqdm
 
 from configurator import InputError
-from sources import LONGEST, patiently
-from tokenizer import Bytes, Chars, by_name
+from sources import LONGEST
+from tokenizer import Bytes, Chars, by_name, paths_of
 
 BLOCK = 2 ** 25  # characters that are shuffled together
 PER_DOCUMENT = 100  # characters, as which a document counts besides its own: what Python needs to hold it
@@ -38,6 +37,8 @@ SHARD = 100_000_000  # tokens
 
 
 # which documents are for validation
+
+# tokens: of val, beyond which it has none; 0: as many as fall to it
 
 class FirstTokens:
     """So many tokens at the beginning; a later document that is the same as one of theirs is left out."""
@@ -74,7 +75,7 @@ class Endings:
 
 
 def by_number(source, share, few=100):
-    """Endings of fewer than `few` documents, otherwise SomeDocuments."""
+    """Endings of fewer than `few` documents, which are read for that; otherwise SomeDocuments."""
     documents = (part for document in source.again() for part in _parts(document))
     n = sum(1 for _ in zip(range(few), documents, strict=False))
     return (Endings if n < few else SomeDocuments)(share)
@@ -114,18 +115,9 @@ def _block(documents):
 
 def _blocks(source):
     """(documents, where the source is after them), block by block."""
-    documents, start = iter(source), source.where()
-
-    def read():
-        nonlocal documents
-        try:
-            return _block(documents)
-        except Exception:  # a generator that has raised is at its end
-            source.position, documents = start, iter(source)
-            raise
-    while block := patiently(read, source.name) if source.remote else read():
-        start = source.where()
-        yield block, start
+    documents = iter(source)
+    while block := _block(documents):
+        yield block, source.where()
 
 
 def _tasks(block):
@@ -332,17 +324,15 @@ def prepare(folder, source, tokenizer, split, tokens=None, shard=SHARD, seed=133
     """
     import filelock
     folder = os.path.relpath(folder)
-    os.makedirs(folder, exist_ok=True)
     try:
+        os.makedirs(folder, exist_ok=True)
         with filelock.FileLock(os.path.join(folder, 'progress.lock'), timeout=0):
             _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, expected)
     except filelock.Timeout:
         raise InputError(f'{folder} is being prepared by another process: wait for it, or stop it') from None
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        raise InputError(f'{folder}: the disk is full; what is finished is kept, and the same command goes on when '
-                         f'there is room') from None
+    except OSError as e:  # those of reading are told where it is read
+        raise InputError(f'{folder} cannot be written ({e.strerror}): what is finished is kept, and the same command '
+                         f'goes on when it can') from None
 
 
 def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, expected):
@@ -353,6 +343,10 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
     most = tokens or 2 ** 62
     done = progress.pop('done', None)
     if done and (done['exhausted'] or done['tokens']['train'] >= most):
+        for name, n in done['tokens'].items():
+            if sum(map(os.path.getsize, paths_of(folder, name))) != n * dtype_of(tokenizer).itemsize:
+                raise InputError(f'{folder} has not the {n:,} tokens of {name} that were prepared: prepare them anew, '
+                                 f'with --restart')
         print(f'{folder} is prepared: {done["tokens"]["train"]:,} + {done["tokens"]["val"]:,} tokens')
         return
     # text has a token per byte, or with a BPE one in four
@@ -371,6 +365,7 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
 
     def write():
         encoded, position = ahead.popleft()
+        finished = writer.splits['train'].in_files()
         for documents in encoded:
             before = writer.written()
             writer.add(documents.result(), most)
@@ -378,6 +373,8 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
         if writer.splits['train'].written >= most:
             return True  # progress.json stays before this block, so that more tokens can be asked for
         writer.commit(position)
+        if (now := writer.splits['train'].in_files()) > finished:
+            bar.write(f'{folder}: {now:,} tokens to train on are finished')
         return False
     try:
         number = progress['block']
@@ -463,11 +460,11 @@ def write(folder, tokenizer, splits, source):
         for split, texts in splits.items():
             counts[split] = 0
             with open(paths[split] + '.tmp', 'wb') as f:
-                for text in texts:
-                    between = [] if tokenizer.eot is None or not counts[split] else [tokenizer.eot]
-                    ids = np.concatenate([between, tokenizer.encode_ordinary(text)]).astype(dtype_of(tokenizer))
-                    ids.tofile(f)
-                    counts[split] += len(ids)
+                for i, text in enumerate(texts):
+                    between = [] if tokenizer.eot is None or not i else [tokenizer.eot]
+                    for ids in (np.array(between), tokenizer.encode_ordinary(text)):
+                        ids.astype(dtype_of(tokenizer)).tofile(f)
+                        counts[split] += len(ids)
         for path in paths.values():
             os.replace(path + '.tmp', path)
     finally:

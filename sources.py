@@ -7,6 +7,7 @@ A Source reads file after file, in flat memory, and says in plain values where i
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -168,7 +169,10 @@ READERS = {'.jsonl': JsonLines, '.ndjson': JsonLines, '.json': JsonLines, '.parq
 
 
 class Source:
-    """The documents of several files, one after the other, from `position` on. Raises InputError."""
+    """
+    The documents of several files, one after the other, from `position` on; where the network fails, it is tried again
+    after each of PAUSES. Raises InputError.
+    """
     position = (0, None)  # file, position in it
 
     def __init__(self, files, field='text', reader=None, name=None):
@@ -197,12 +201,19 @@ class Source:
     def __iter__(self):
         first, within = self.position
         for number in range(first, len(self.files)):
-            path = self.files[number]
+            path, failures = self.files[number], 0
             suffix = os.path.splitext(re.sub(r'\.(gz|zst|bz2)$', '', path))[1].lower()
-            reader = (self.reader or READERS.get(suffix, TextFile))(path, self.field, within)
-            for document in _told(reader, path):
-                self.position = number, reader
-                yield document
+            kind = self.reader or READERS.get(suffix, TextFile)
+            while True:
+                reader = kind(path, self.field, within)
+                try:
+                    for document in _told(reader, path):
+                        self.position, failures = (number, reader), 0
+                        yield document
+                    break
+                except NetworkError as e:
+                    wait(e, failures, self.name)
+                    within, failures = reader.position, failures + 1
             self.position, within = (number + 1, None), None
 
     def where(self):
@@ -211,18 +222,24 @@ class Source:
         return [number, getattr(within, 'position', within)]
 
 
+class NetworkError(Exception):
+    """What is read from elsewhere cannot be read now."""
+
+
 def _told(reader, path):
-    """The documents of a reader; where a file is at fault, its errors become InputErrors."""
+    """The documents of a reader; its errors become InputErrors, or NetworkErrors."""
     try:
         yield from reader
-    except (InputError, ConnectionError):
+    except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f'{path} is not there (any more)') from None
     except (EOFError, ValueError) as e:  # as pyarrow's errors are
         raise InputError(f'{path} is damaged or cut off ({_line(e)}): get it again') from None
-    except OSError as e:
-        if '://' in path:
+    except Exception as e:
+        if '://' in path:  # every library under `datasets` has errors of its own for a network that fails
+            raise NetworkError(f'{type(e).__name__}: {_line(e)}') from None
+        if not isinstance(e, OSError):
             raise
         what = f'cannot be read: {e.strerror}' if e.strerror else f'is damaged or cut off ({_line(e)}): get it again'
         raise InputError(f'{path} {what}') from None
@@ -232,20 +249,13 @@ def _line(error):
     return ' '.join(str(error).split())[:120]
 
 
-def patiently(read, what):
-    """read(), and where the network fails again after each of PAUSES; then InputError."""
-    for pause in (*PAUSES, None):
-        try:
-            return read()
-        except InputError:
-            raise
-        except Exception as e:  # every library under `datasets` has errors of its own for a network that fails
-            said = f'{what} cannot be reached ({type(e).__name__}: {_line(e)})'
-            if pause is None:
-                raise InputError(f'{said}: check the network and run the same command again, which goes on from '
-                                 f'here') from None
-        print(f'{said}; trying again in {pause} s', flush=True)
-        time.sleep(pause)
+def wait(error, failures, what):
+    """A pause after so many failures before this one, or after the last of them InputError."""
+    said = f'{what} cannot be reached ({error})'
+    if failures == len(PAUSES):
+        raise InputError(f'{said}: check the network and run the same command again, which goes on from here') from None
+    print(f'{said}; trying again in {PAUSES[failures]} s', flush=True)
+    time.sleep(PAUSES[failures])
 
 
 def hub(path, config=None, field='text', name=None):
@@ -255,17 +265,15 @@ def hub(path, config=None, field='text', name=None):
     """
     datasets = quiet_datasets()
     what = name or (f'{path}:{config}' if config else path)
-
-    def build():
+    for failures in itertools.count():
         try:
-            if path.endswith('.parquet'):
-                return datasets.load_dataset_builder('parquet', data_files=path)
-            return datasets.load_dataset_builder(path, name=config)
-        except ConnectionError:
-            raise
+            builder = (datasets.load_dataset_builder('parquet', data_files=path) if path.endswith('.parquet') else
+                       datasets.load_dataset_builder(path, name=config))
+            break
         except (FileNotFoundError, ValueError, RuntimeError) as e:  # not there, no such config, a script for data
             raise InputError(f'{what} cannot be read: {_line(e)}') from None
-    builder = patiently(build, what)
+        except Exception as e:
+            wait(f'{type(e).__name__}: {_line(e)}', failures, what)
     files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
     if not files.get('train'):
         others = ', '.join(files.keys() - {'train'})

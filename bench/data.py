@@ -1,7 +1,8 @@
 """
 Text to token files: tokens per second of the whole, in turn with tiktoken's encode_ordinary_batch on the same documents
-and cores; time and memory for a gigabyte, as parquet and as one text; then what it takes to read batches of them. The
-text is the source of the installed Python packages, over and over.
+and cores; time and memory for a gigabyte, as parquet and as one text; then what it takes to read batches of them, and
+how much longer a step of a small model takes when attention keeps to documents. The text is the source of the installed
+Python packages, over and over.
 """
 
 import contextlib
@@ -26,6 +27,8 @@ SHARDS = 40  # that the tokens go to, or about
 # what, sequences, tokens in each, ms of a step
 STEPS = [('a step of 50 ms on a GPU', 16, 1024, 50.0), ('a step of config/speedrun_cpu.py', 16, 64, 33.6)]
 N_BATCHES, N_STEPS = 10_000, 200
+# of the model whose attention keeps to documents: GPTConfig's keys; sequences, tokens in each
+SIZE, BATCHES = dict(arch='modern', n_layer=4, n_head=4, n_embd=256, vocab_size=256), [(8, 256), (2, 1024)]
 
 
 def measure(config, train_args, picture):
@@ -60,7 +63,11 @@ def measure(config, train_args, picture):
             print(f'{what}: {batch_size} x {block_size} tokens of {row["files"]} files take {row["ms"]:.3f} ms, '
                   f'{row["ms"] / step_ms:.2%} of it, if nothing else is done meanwhile; a step waits '
                   f'{row["waited_ms"]:.3f} ms, {row["waited_ms"] / step_ms:.2%}; memory grew by '
-                  f'{row["grown"] / 1e6:.1f} MB in {N_BATCHES:,} batches')
+                  f'{row["grown"] / 1e6:.1f} MB in {N_BATCHES:,} batches', flush=True)
+    for row in json.loads(_run('masked_steps', SIZE, BATCHES, 5 * config['runs'])[0]):
+        figures.append({'what': 'document_mask', **row})
+        print(f'document_mask: {row["batch_size"]} x {row["block_size"]} tokens by {row["attention"]} attention in '
+              f'{row["dtype"]}: {row["ms"]:.0f} ms without, {row["ratio"]:.2f} of it with')
     return figures
 
 
@@ -156,3 +163,36 @@ def read_batches(folder, batch_size, block_size, step_ms, n, n_steps):
     ms = read(range(n_steps, n_steps + n), 0)
     print(json.dumps({'ms': ms, 'waited_ms': waited_ms, 'batch_size': batch_size, 'block_size': block_size,
                       'files': len(tokens.paths), 'epochs': batches.epoch(n), 'grown': memory() - before}))
+
+
+def masked_steps(size, batches, pairs):
+    """Prints, of each kind of step, the median ms without document_mask, and the ratio of the time with it to that."""
+    import torch
+
+    import hardware
+    from model import GPT, GPTConfig
+    device, rows = hardware.find_device('auto'), []
+    dtype, _ = hardware.find_dtype('auto', device, (2048, size['n_embd'], 4 * size['n_embd']))
+    for batch_size, block_size in batches:
+        for attention in ('sdpa', 'math'):
+            torch.manual_seed(1)
+            models = [GPT(GPTConfig(block_size=block_size, **size)).to(device) for _ in range(2)]
+            models[1].within_documents(0)
+            ids = torch.randint(1, size['vocab_size'], (batch_size, block_size), device=device)
+            ids[torch.rand(ids.shape, device=device) < 4 / block_size] = 0  # five documents in a row, or about
+            times = [[], []]
+            for model in models:
+                model.use_attention(attention)
+            for _ in range(pairs + 2):
+                for model, taken in zip(models, times, strict=True):
+                    hardware.synchronize(device)
+                    start = time.perf_counter()
+                    with hardware.autocast(device, dtype):
+                        model(ids, ids)[1].backward()
+                    hardware.synchronize(device)
+                    taken.append(time.perf_counter() - start)
+                    model.zero_grad()
+            plain, masked = (np.array(taken[2:]) for taken in times)
+            rows.append({'batch_size': batch_size, 'block_size': block_size, 'attention': attention, 'dtype': dtype,
+                         'ms': 1e3 * float(np.median(plain)), 'ratio': float(np.median(masked / plain))})
+    print(json.dumps(rows))

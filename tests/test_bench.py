@@ -355,7 +355,8 @@ def test_export(run_bench, monkeypatch):
 def test_data(run_bench, monkeypatch, tmp_path):
     """With bytes in place of a BPE that would have to be downloaded."""
     for name, value in (('N_BATCHES', 40), ('N_STEPS', 2), ('SHARDS', 4),
-                        ('STEPS', [('a step', 2, 16, 1.0), ('another', 1, 8, 1.0)])):
+                        ('STEPS', [('a step', 2, 16, 1.0), ('another', 1, 8, 1.0)]), ('BATCHES', [(2, 16)]),
+                        ('SIZE', dict(arch='modern', n_layer=1, n_head=1, n_embd=8, vocab_size=32))):
         monkeypatch.setattr(bench.data, name, value)
     ranks = ''.join(f'{base64.b64encode(bytes([b])).decode()} {b}\n' for b in range(256))
     (tmp_path / 'bytes.tiktoken').write_text(ranks)
@@ -376,7 +377,7 @@ def test_data(run_bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.data.sources, 'LONGEST', 5000)  # or the one long text would be one document
     measured, out = run_bench('--suite=data', f'--tokenizer={tmp_path}/bytes.tiktoken', '--gigabytes=0.0005',
                               '--runs=1')
-    both, parquet, text, *steps = measured['figures']
+    both, parquet, text, *steps, sdpa, math = measured['figures']
     n = len([d for d in range(600) if sum(1003 + len(str(i)) for i in range(d)) < 5e5])  # '# {number}\n' before each
     assert parquet['bytes'] == text['bytes'] == sum(1003 + len(str(i)) for i in range(n))
     assert both['tokens'] == sum(1003 + len(str(i)) for i in range(0, n, 10))
@@ -385,6 +386,7 @@ def test_data(run_bench, monkeypatch, tmp_path):
     assert text['tokens'] < text['bytes'] + n / 4
     assert all(13 <= row['files'] <= 16 for row in steps)
     assert all(row['ms'] > 0 and row['waited_ms'] > 0 and row['epochs'] > 0 for row in steps)
-    assert 'encode_ordinary_batch alone' in out
+    assert [row['attention'] for row in (sdpa, math)] == ['sdpa', 'math'] and min(sdpa['ratio'], math['ratio']) > 0
+    assert 'encode_ordinary_batch alone' in out and 'document_mask: 2 x 16 tokens by math attention' in out
     with pytest.raises(InputError, match='trains nothing'):
         run_bench('--suite=data', '--n_layer=1')

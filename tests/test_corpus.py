@@ -276,7 +276,7 @@ def test_a_full_disk(folder, monkeypatch):
         real(descriptor)
     with monkeypatch.context() as patch:
         patch.setattr(os, 'fsync', fsync)
-        with pytest.raises(InputError, match='data: the disk is full; what is finished is kept'):
+        with pytest.raises(InputError, match=r'data cannot be written \(No space .*\): what is finished is kept'):
             prepare()
     kept = content('data')
     assert kept['train_000.bin'] == whole['train_000.bin']
@@ -288,30 +288,33 @@ def test_a_full_disk(folder, monkeypatch):
     assert not content('bigger')
 
 
-def test_the_network_fails_in_between(folder, monkeypatch, capsys):
+def test_the_network_fails_for_good(folder, monkeypatch):
+    """What has been prepared until then stays, and the same call goes on."""
     whole = prepare('whole')
-    monkeypatch.setattr(sources, 'PAUSES', (0, 0, 0))
+    monkeypatch.setattr(sources, 'PAUSES', (0, 0))
 
     class Fails(sources.Rows):
-        failures = 2
+        left = 130
+
+        def __init__(self, path, field, position):
+            super().__init__(path.removeprefix('hf://'), field, position)
 
         def __iter__(self):
-            for n, row in enumerate(super().__iter__()):
-                if n == 3 and Fails.failures:
-                    Fails.failures -= 1
+            for row in super().__iter__():
+                if not Fails.left:
                     raise ConnectionError('connection reset')
+                Fails.left -= 1
                 yield row
-    source = sources.hub('src/*.parquet', name='three files')
-    source.remote, source.reader = True, Fails
-    assert prepare(source=source) == whole
-    assert capsys.readouterr().out.count('cannot be reached (ConnectionError: connection reset)') == 2
-    Fails.failures = 4
-    source.position = [0, None]
+
+    def remote():
+        source = sources.hub('src/*.parquet', name='three files')
+        return sources.Source(['hf://' + path for path in source.files], reader=Fails, name=source.name)
     with pytest.raises(InputError, match='three files cannot be reached .* run the same command again'):
-        prepare('broken', source=source)
-    source = source.again()
-    source.remote = True
-    assert prepare('broken', source=source) == whole
+        prepare(source=remote())
+    kept = content('data')
+    assert whole['train_000.bin'] == kept['train_000.bin']
+    Fails.left = 300 - 30  # all but what had been written: the first block is not read again
+    assert prepare(source=remote()) == whole
 
 
 def test_files_of_the_hub_stay_those_of_the_beginning(folder, monkeypatch):
@@ -356,6 +359,9 @@ def test_refused(folder, monkeypatch):
     with pytest.raises(InputError, match='train_000.bin is not as progress.json says'):
         prepare()
     prepare(restart=True, tokens=15000)
+    os.truncate('data/train_000.bin', 100)
+    with pytest.raises(InputError, match='data has not the 15,000 tokens of train that were prepared'):
+        prepare(tokens=15000)
     with open('data/progress.json', 'w') as f:
         f.write('{')
     with pytest.raises(InputError, match='progress.json is damaged'):

@@ -152,19 +152,45 @@ def test_a_dataset_of_json_files(tmp_path):
         hub(str(tmp_path / 'set'))
 
 
-def test_the_network_is_tried_again(monkeypatch, capsys):
+def test_the_network_is_tried_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, 'PAUSES', (0, 0))
-    failures = [ConnectionError('gone'), TimeoutError('slow')]
+    parquet(tmp_path / 'a.parquet', DOCUMENTS)
+    failures, real = [ConnectionError('gone'), TimeoutError('slow')], sources.quiet_datasets().load_dataset_builder
 
-    def read():
+    def load(*args, **kwargs):
         if failures:
             raise failures.pop()
-        return 'text'
-    assert sources.patiently(read, 'the hub') == 'text'
+        return real(*args, **kwargs)
+    monkeypatch.setattr(sources.quiet_datasets(), 'load_dataset_builder', load)
+    source = hub(f'{tmp_path}/*.parquet', name='mine')
     assert capsys.readouterr().out.count('trying again in 0 s') == 2
     failures += [ConnectionError('gone')] * 3
-    with pytest.raises(InputError, match=r'the hub cannot be reached \(ConnectionError: gone\): check the network'):
-        sources.patiently(read, 'the hub')
+    with pytest.raises(InputError, match=r'mine cannot be reached \(ConnectionError: gone\): check the network'):
+        hub(f'{tmp_path}/*.parquet', name='mine')
+    capsys.readouterr()
+
+    class Fails(sources.Rows):  # before each document twice, and on the web
+        def __init__(self, path, field, position):
+            super().__init__(path.removeprefix('hf://'), field, position)
+
+        def __iter__(self):
+            documents = super().__iter__()
+            while True:
+                key = f'{source.where()}'
+                if failures.count(key) < n_failures:
+                    failures.append(key)
+                    raise ConnectionError('reset')
+                if (document := next(documents, None)) is None:
+                    return
+                yield document
+    source.files, source.reader, n_failures = ['hf://' + path for path in source.files], Fails, 2
+    failures.clear()
+    assert list(source) == DOCUMENTS and len(failures) == 2 * len(DOCUMENTS) + 2
+    assert capsys.readouterr().out.count('mine cannot be reached (ConnectionError: reset); trying') == len(failures)
+    n_failures, source = 3, source.again()
+    failures.clear()
+    with pytest.raises(InputError, match=r'mine cannot be reached \(ConnectionError: reset\): check'):
+        list(source)
 
 
 def test_the_hub_without_a_network(monkeypatch):
