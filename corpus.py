@@ -24,7 +24,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tqdm
 
 from configurator import InputError
 from sources import LONGEST
@@ -336,6 +335,7 @@ def prepare(folder, source, tokenizer, split, tokens=None, shard=SHARD, seed=133
 
 
 def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, expected):
+    import tqdm
     progress = _begun(folder, source, restart, {
         'files': source.files if source.remote else _sha256(source.files), 'field': source.field,
         'tokenizer': _sha256(tokenizer.to_dict()), 'validation': [type(split).__name__, vars(split)],
@@ -388,9 +388,10 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
                 break
         while ahead and not full:
             full = write()
-        if not writer.splits['val'].written:
-            raise InputError(f'{source.name} has no text for validation: give more, or a larger --val, and --restart'
-                             if writer.written() else f'{source.name} has no text')
+        empty = [name for name, files in writer.splits.items() if not files.written]
+        if empty:
+            raise InputError(f'{source.name} has no text for {" and ".join(empty)}: give more, or divide it otherwise, '
+                             f'with --restart')
         writer.finish(exhausted=not full)
     except KeyboardInterrupt:
         bar.close()

@@ -289,7 +289,7 @@ def find(names, field='text'):
     """
     if len(names) == 1 and not glob.glob(names[0]) and re.fullmatch(r'[\w-]+/[\w-]+(\.[\d.]+)?(:[\w.-]+)?', names[0]):
         path, _, config = names[0].partition(':')
-        return hub(path, config or None, field)
+        return hub(path, config or None, field, name=f'{names[0]} of the hub')
     files = []
     for name in names:
         if os.path.isdir(name):

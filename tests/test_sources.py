@@ -195,5 +195,5 @@ def test_the_network_is_tried_again(tmp_path, monkeypatch, capsys):
 
 def test_the_hub_without_a_network(monkeypatch):
     monkeypatch.setattr(sources, 'PAUSES', ())
-    with pytest.raises(InputError, match='owner/name cannot be reached'):
+    with pytest.raises(InputError, match='owner/name of the hub cannot be reached'):
         find(['owner/name'])
