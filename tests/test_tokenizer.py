@@ -1,3 +1,4 @@
+import base64
 import json
 import os
 import pickle
@@ -54,6 +55,53 @@ def test_unreachable_network_is_said(monkeypatch):
     monkeypatch.setattr(tiktoken, 'get_encoding', get)
     with pytest.raises(InputError, match='TIKTOKEN_CACHE_DIR'):
         tokenizer.Tiktoken('gpt2')
+
+
+def ranks_file(path, tokens):
+    path.write_text(''.join(f'{base64.b64encode(token).decode()} {i}\n' for i, token in enumerate(tokens)))
+    return str(path)
+
+
+BYTES = [bytes([b]) for b in range(256)]
+
+
+def test_a_file_of_ranks_is_all_that_is_needed(tmp_path, monkeypatch):
+    path = ranks_file(tmp_path / 'mine.tiktoken', [*BYTES, b'de'])
+    monkeypatch.setitem(tokenizer.RANK_FILES, 257, ('gpt2', r'\S+|\s+', {'<|endoftext|>': 257}))
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: 1 / 0)  # which would download
+    t = tokenizer.by_name(path)
+    os.remove(path)
+    again = tokenizer.from_dict(json.loads(json.dumps(t.to_dict())))
+    for one in (t, again):
+        assert one.encode('de<|endoftext|>d') == [256, 257, 100] and one.eot == 257 and one.vocab_size == 258
+        assert one.encode_ordinary('de<|end').tolist() == [256, *b'<|end']
+    assert again.to_dict() == t.to_dict()
+    assert tokenizer.agree(tokenizer.GPT2, t.to_dict()) and tokenizer.agree(t.to_dict(), tokenizer.GPT2)
+    other = tokenizer.by_name(ranks_file(tmp_path / 'other.tiktoken', [*BYTES, b'ed']))
+    assert not tokenizer.agree(other.to_dict(), t.to_dict())
+    for tokens, message in ((BYTES, r'has 256 ranks: how its text .* 50,256 \(gpt2\), 100,256 \(cl100k_base\)'),):
+        with pytest.raises(InputError, match=message):
+            tokenizer.by_name(ranks_file(tmp_path / 'few.tiktoken', tokens))
+    (tmp_path / 'no.tiktoken').write_text('no ranks at all')
+    for name, message in (('no.tiktoken', 'cannot be read as a file of ranks'), ('nothere.tiktoken', 'cannot be read'),
+                          ('gpt9', '--tokenizer=gpt9 is not known: use bytes, chars, one of tiktoken')):
+        with pytest.raises(InputError, match=message):
+            tokenizer.by_name(str(tmp_path / name) if '.' in name else name)
+
+
+@pytest.mark.parametrize('number', tokenizer.RANK_FILES)
+def test_text_is_split_as_tiktoken_does(number):
+    """And in Hugging Face's terms the same."""
+    name, pattern, special = tokenizer.RANK_FILES[number]
+    ranks = {token: i for i, token in enumerate([*BYTES, b' t', b'12', b'123', b'1234', b'\n\n', b'  ', b"'s", b"'S"])}
+    t = tokenizer.Tiktoken(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                                   special_tokens={'<|endoftext|>': len(ranks)}))
+    text = MIXED + "It's IT'S 123456 a\n\n \t  b  \r\n\r\n  " + '12 34/\n /5 ' * 3 + ' '
+    ids = t.encode(text)
+    assert t.decode(ids) == text and t.encode_ordinary(text).tolist() == ids
+    assert tokenizer.HuggingFace(json.dumps(t.to_json())).encode(text) == ids
+    threes = {50256: '1234', 100256: '123', 199998: '123'}[number]  # digits that are kept together
+    assert ranks[threes.encode()] in t.encode(' 1234') and len(special) in (1, 2, 5)
 
 
 def test_unknown_character_is_named():
