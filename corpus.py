@@ -354,7 +354,7 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
     expected = min((n for n in (tokens and tokens + split.tokens, expected, of_bytes) if n), default=None)
     needed = ((expected or 0) - sum(progress['tokens'].values())) * dtype_of(tokenizer).itemsize
     if needed > (free := shutil.disk_usage(folder).free):
-        raise InputError(f'{folder} needs {needed / 1e9:,.1f} GB more, but the disk has {free / 1e9:,.1f}: make room, '
+        raise InputError(f'{folder} needs {needed / 1e6:,.0f} MB more, but the disk has {free / 1e6:,.0f}: make room, '
                          f'or ask for fewer --tokens')
     writer = Writer(folder, tokenizer, split, shard, source, progress)
     source.position = progress['position']

@@ -72,6 +72,13 @@ def test_every_window_once_over_shards_and_processes(tmp_path, processes):
     assert len(set(first_epoch)) == t.n_windows and (np.diff(sorted(first_epoch)) >= 10).all()
 
 
+def test_files_that_meta_json_does_not_count_yet(tmp_path):
+    t = tokens(tmp_path, [50, 50, 40], block_size=10, tokens={'train': 100})
+    assert t.n_tokens == 100 and len(t.paths) == 2 and t.n_windows == 8
+    with pytest.raises(InputError, match='140 tokens but meta.json says 90'):
+        tokens(tmp_path, [50, 50, 40], block_size=10, tokens={'train': 90})
+
+
 def test_batches_asked_for_in_any_order(tmp_path):
     """A thread reads the next one ahead, which may not be what is asked for then."""
     t = tokens(tmp_path, [5000], block_size=8)
