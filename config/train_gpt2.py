@@ -1,6 +1,6 @@
 # GPT-2 (124M parameters) from scratch: nanoGPT's recipe.
 #
-# Needs: data/openwebtext prepared with GPT-2's tokenizer (or --dataset=...), and GPUs: 8 of them, or patience.
+# Needs: python data/openwebtext/prepare.py (or --dataset=fineweb_edu), and GPUs: 8 of them, or patience.
 # 491,520 tokens per step on any number of processes. Time and loss: not yet measured here.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 

@@ -17,7 +17,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
-from tokenizer import from_dict, paths_of, read_meta  # noqa: E402
+from tokenizer import eot_of, from_dict, paths_of, read_meta  # noqa: E402
 
 CHUNK = 2 ** 24  # tokens read at a time
 LENGTHS = (64, 256, 1024, 4096, 16384, 65536)  # up to which documents are counted together
@@ -52,13 +52,12 @@ def documents(paths):
 
 
 meta = read_meta(args.folder)
-dtype, eot = np.dtype('<u2' if meta['dtype'] == 'uint16' else '<u4'), None
+dtype, tokenizer, eot = np.dtype('<u2' if meta['dtype'] == 'uint16' else '<u4'), None, None
 try:
+    eot = eot_of(meta['tokenizer'])
     tokenizer = from_dict(meta['tokenizer'])
-    eot = tokenizer.eot
 except InputError as e:
-    tokenizer = None
-    print(f'(without documents and excerpts, for want of the tokenizer: {e})')
+    print(f'(without excerpts: {e})')
 described = ' '.join(str(meta['tokenizer'][key]) for key in ('kind', 'name') if key in meta['tokenizer'])
 print(f'{args.folder}: {meta.get("source", "no source given")}\n'
       f'tokenizer {described}, {meta["vocab_size"]:,} ids in {meta["dtype"]}')
@@ -68,26 +67,26 @@ for split, paths in reversed(splits.items()):
     if not paths:
         print(f'\n{split}: no files')
         continue
-    used, first = np.zeros(2 ** (8 * dtype.itemsize) if dtype.itemsize == 2 else meta['vocab_size'], bool), None
-    size, hashes = 0, {path: hashlib.sha256() for path in paths}
+    used, first, size, outside = np.zeros(meta['vocab_size'], bool), None, 0, 0
+    hashes = {path: hashlib.sha256() for path in paths}
     for path in paths:
         for chunk in chunks(path):
             size += len(chunk)
             hashes[path].update(chunk)
-            if int(chunk.max()) >= len(used):
-                raise InputError(f'{path} has the id {chunk.max():,}, but there are {meta["vocab_size"]:,}')
-            used[np.unique(chunk)] = True
+            ids = np.unique(chunk)
+            used[ids[ids < len(used)]] = True
+            outside += int((chunk >= len(used)).sum())
             first = chunk if first is None else first
-    outside = int(used[meta['vocab_size']:].sum())
     print(f'\n{split}: {size:,} tokens, {size * dtype.itemsize / 1e6:,.1f} MB in {len(paths)} file'
           f'{"s" if len(paths) > 1 else ""}; {int(used.sum()):,} of the ids'
-          + (f'; {outside} IDS BEYOND THE VOCABULARY' if outside else ''))
+          + (f'; {outside:,} TOKENS ARE BEYOND THE VOCABULARY' if outside else ''))
     if expected := meta.get('tokens', {}).get(split, size) - size:
         print(f'  meta.json says {expected:+,} tokens')
-    if tokenizer and size:
+    if tokenizer and size and not outside:
         sample = first[:100_000].tolist()
         print(f'  {len(tokenizer.to_bytes(sample)) / len(sample):.2f} bytes of text per token')
         excerpts[split] = tokenizer.decode(first[:args.excerpt].tolist())
+    if size:
         counts, tokens, again, n = collections.Counter(), collections.Counter(), [0, 0], 0
         for length, digest in documents(paths):
             if not length:

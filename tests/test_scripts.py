@@ -173,9 +173,12 @@ def test_installed_code(project, monkeypatch):
     out = describe()
     assert f'3 of them ({len(again) - 2:,} tokens) are documents of val as well' in out
     assert f'meta.json says {n + len(splits["train"]) - 1 - len(again):+,} tokens' in out
-    for argv, message in ((['nothere'], 'there is no folder nothere'),):
-        ran = project.run(str(project.folder / 'data/describe.py'), *argv)
-        assert ran.returncode == 2 and message in ran.stderr
+    np.full(5, 300, '<u2').tofile('data/pycode/val.bin')
+    assert '5 TOKENS ARE BEYOND THE VOCABULARY' in describe()
+    os.remove('data/pycode/val.bin')
+    assert 'val: no files' in describe()
+    ran = project.run(str(project.folder / 'data/describe.py'), 'nothere')
+    assert ran.returncode == 2 and 'there is no folder nothere' in ran.stderr
 
 
 def test_quickstart_prepares_its_data_and_prints_a_sample(project):
