@@ -225,6 +225,9 @@ def _help(doc, keys):
 
 
 def _report(kind, error, traceback):
+    if issubclass(kind, KeyboardInterrupt):
+        print('\nstopped', file=sys.stderr)
+        raise SystemExit(130)
     if not issubclass(kind, InputError):
         return sys.__excepthook__(kind, error, traceback)
     sys.stdout.flush()

@@ -41,7 +41,7 @@ SHARD = 100_000_000  # tokens
 
 class FirstTokens:
     """So many tokens at the beginning; a later document that is the same as one of theirs is left out."""
-    shuffle = True
+    option, shuffle = '--val_tokens', True
 
     def __init__(self, tokens):
         self.tokens = tokens
@@ -52,7 +52,7 @@ class FirstTokens:
 
 class SomeDocuments:
     """A share of the documents, drawn by their text, so that the same text is always in the same split."""
-    shuffle, tokens = True, 0
+    option, shuffle, tokens = '--val', True, 0
 
     def __init__(self, share):
         self.share = share
@@ -63,7 +63,7 @@ class SomeDocuments:
 
 class Endings:
     """The last part of each document: of few, long ones."""
-    shuffle, tokens = False, 0
+    option, shuffle, tokens = '--val', False, 0
 
     def __init__(self, share):
         self.share = share
@@ -337,9 +337,9 @@ def prepare(folder, source, tokenizer, split, tokens=None, shard=SHARD, seed=133
 def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, expected):
     import tqdm
     progress = _begun(folder, source, restart, {
-        'files': source.files if source.remote else _sha256(source.files), 'field': source.field,
-        'tokenizer': _sha256(tokenizer.to_dict()), 'validation': [type(split).__name__, vars(split)],
-        'shard_tokens': shard, 'seed': seed})
+        'files': source.files if source.remote else _sha256([os.path.relpath(path, folder) for path in source.files]),
+        '--field': source.field, '--tokenizer': _sha256(tokenizer.to_dict()),
+        split.option: [type(split).__name__, vars(split)], '--shard_tokens': shard, '--seed': seed})
     most = tokens or 2 ** 62
     done = progress.pop('done', None)
     if done and (done['exhausted'] or done['tokens']['train'] >= most):
@@ -357,6 +357,8 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
         raise InputError(f'{folder} needs {needed / 1e6:,.0f} MB more, but the disk has {free / 1e6:,.0f}: make room, '
                          f'or ask for fewer --tokens')
     writer = Writer(folder, tokenizer, split, shard, source, progress)
+    if writer.written():
+        print(f'{folder}: going on after {writer.written():,} tokens', flush=True)
     source.position = progress['position']
     pool = ThreadPoolExecutor(n_cores())
     bar = tqdm.tqdm(total=expected, initial=writer.written(), unit=' tokens', unit_scale=True, disable=None)
@@ -390,8 +392,8 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
             full = write()
         empty = [name for name, files in writer.splits.items() if not files.written]
         if empty:
-            raise InputError(f'{source.name} has no text for {" and ".join(empty)}: give more, or divide it otherwise, '
-                             f'with --restart')
+            raise InputError(f'{source.name} has no text for {" and ".join(empty)}: give more, or another '
+                             f'{split.option}, with --restart')
         writer.finish(exhausted=not full)
     except KeyboardInterrupt:
         bar.close()
@@ -433,6 +435,8 @@ def _begun(folder, source, restart, settings):
         raise InputError(f'{folder} has data that was prepared otherwise: --restart removes it') from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f'{path} is damaged: prepare the data anew, with --restart') from None
+    if not (any(progress['tokens'].values()) or 'done' in progress):  # nothing that would be lost
+        return _begun(folder, source, True, settings)
     if source.remote and _unpinned(saved['files']) == _unpinned(source.files):
         source.files = settings['files'] = saved['files']  # as they were then, whatever has been published since
     other = [key for key in settings if settings[key] != saved.get(key)]
@@ -481,7 +485,8 @@ def write(folder, tokenizer, splits, source):
 
 def arguments(doc, tokenizer):
     """The parser of a preparation's command line, with the keys that all of them have. tokenizer: its default."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument('--tokenizer', default=tokenizer,
                         help="bytes, chars, an encoding of tiktoken's (gpt2), or the path of FILE.tiktoken or of a "
                              "tokenizer.json (%(default)s)")
@@ -495,8 +500,8 @@ def arguments(doc, tokenizer):
 
 def count(text):
     """'100M' -> 100000000."""
-    match = re.fullmatch(r'(\d+(?:\.\d+)?)([kMBT]?)', text)
-    number = float(match[1]) * {'': 1, 'k': 1e3, 'M': 1e6, 'B': 1e9, 'T': 1e12}[match[2]] if match else 0
+    match = re.fullmatch(r'(\d+(?:\.\d+)?)([kmbt]?)', text.lower())
+    number = float(match[1]) * {'': 1, 'k': 1e3, 'm': 1e6, 'b': 1e9, 't': 1e12}[match[2]] if match else 0
     if number < 1 or number != int(number):
         raise argparse.ArgumentTypeError(f'{text!r} is no number of tokens: write 5000, 100M or 1.5B')
     return int(number)

@@ -26,7 +26,10 @@ class Tokens:
         """meta: from tokenizer.read_meta. n_ids: ids from here up are refused (default: the tokenizer's vocabulary)."""
         paths = paths_of(data_dir, split)
         if not paths:
-            raise InputError(f'no {split}.bin in {data_dir}: run python {data_dir}/prepare.py')
+            own = os.path.exists(os.path.join(data_dir, 'prepare.py'))
+            how = f'run python {data_dir}/prepare.py' if own else (
+                f'run what prepares it, such as python data/text/prepare.py --name={os.path.basename(data_dir)}')
+            raise InputError(f'no {split}.bin in {data_dir}: {how}')
         self.dtype = np.dtype('<u2' if meta['dtype'] == 'uint16' else '<u4')
         self.block_size, self.n_ids = block_size, n_ids or meta['vocab_size']
         self.paths, self.lengths = paths, []
@@ -41,8 +44,8 @@ class Tokens:
             del self.lengths[totals.index(expected) + 1:], paths[len(self.lengths):]
         total = sum(self.lengths)
         if expected is not None and total != expected:
-            raise InputError(f'{data_dir}: {split} has {total:,} tokens but meta.json says {expected:,}: '
-                             f'prepare the data again')
+            raise InputError(f'{data_dir}: {split} has {total:,} tokens but meta.json says {expected:,}: run the same '
+                             f'preparation again, which goes on if it was stopped')
         if max(self.lengths) <= block_size:
             raise InputError(f'{paths[0]} has {self.lengths[0]:,} tokens, too few for block_size={block_size} '
                              f'(it takes block_size + 1): lower block_size or prepare more text')

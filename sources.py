@@ -89,7 +89,8 @@ class JsonLines:
                 try:
                     record = json.loads(line)
                 except ValueError as e:
-                    raise InputError(f'{where} is no JSON ({e}): there must be one object to a line') from None
+                    raise InputError(f'{where} is no JSON ({e}): there must be one object to a line, and no array '
+                                     f'around them') from None
                 yield field_of(record, self.field, where)
 
 
@@ -160,7 +161,9 @@ def rows_of(kind):
 def quiet_datasets():
     """The `datasets` library, which takes a second to import, without its messages: errors are told here."""
     import datasets
+    import huggingface_hub
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    huggingface_hub.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     return datasets
 
@@ -284,20 +287,23 @@ def hub(path, config=None, field='text', name=None):
 
 def find(names, field='text'):
     """
-    The Source of what a command line names: files, folders (their .txt, .md, .jsonl and .parquet), patterns in quotes
-    ('src/**/*.py'), or one dataset of the hub as owner/name or owner/name:config. Raises InputError.
+    The Source of what a command line names: files, folders (their .txt, .md, .jsonl and .parquet, but for hidden ones),
+    patterns in quotes ('src/**/*.py'), or one dataset of the hub as owner/name or owner/name:config. Raises InputError.
     """
-    if len(names) == 1 and not glob.glob(names[0]) and re.fullmatch(r'[\w-]+/[\w-]+(\.[\d.]+)?(:[\w.-]+)?', names[0]):
+    if len(names) == 1 and re.fullmatch(r'[\w-]+/[\w-]+(\.[\d.]+)?(:[\w.-]+)?', names[0]) and not (
+            glob.glob(names[0]) or os.path.exists(names[0].partition('/')[0])):
+        print(f'there is no file or folder {names[0]} here: looking for such a dataset on the hub', flush=True)
         path, _, config = names[0].partition(':')
         return hub(path, config or None, field, name=f'{names[0]} of the hub')
     files = []
     for name in names:
         if os.path.isdir(name):
-            found = [os.path.join(folder, f) for folder, _, inside in os.walk(name) for f in inside
-                     if re.search(r'\.(txt|md|jsonl|ndjson|parquet)(\.gz|\.zst|\.bz2)?$', f.lower())]
+            found, others = _texts_in(name)
             if not found:
                 raise InputError(f'{name} has no .txt, .md, .jsonl or .parquet files: name others by a pattern, such '
                                  f"as '{os.path.join(name, '**', '*.py')}'")
+            print(f'{name}: {len(found):,} files'
+                  + (f', and {others:,} that are no .txt, .md, .jsonl or .parquet' if others else ''), flush=True)
         elif os.path.exists(name):
             found = [name]
         else:
@@ -306,7 +312,25 @@ def find(names, field='text'):
                 raise InputError(f'there is no {name}: name files, folders, patterns in quotes, or a dataset of the '
                                  f'hub (owner/name)')
         files += sorted(found)
-    return Source(list(dict.fromkeys(files)), field)
+    once = {}
+    for path in files:
+        once.setdefault(os.path.abspath(path), path)
+    return Source(list(once.values()), field)
+
+
+def _texts_in(folder):
+    """(the text files in a folder and the folders in it, the number of others); hidden ones are left out."""
+    def refuse(error):
+        raise InputError(f'{error.filename} cannot be read: {error.strerror}') from None
+    found, others = [], 0
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for name in files:
+            if re.search(r'\.(txt|md|jsonl|ndjson|parquet)(\.gz|\.zst|\.bz2)?$', name.lower()) and name[0] != '.':
+                found.append(os.path.join(place, name))
+            elif name[0] != '.':
+                others += 1
+    return found, others
 
 
 def installed_code():

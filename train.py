@@ -279,7 +279,7 @@ if prepare_data and master and not glob.glob(os.path.join(glob.escape(data_dir),
 if ddp:
     dist.barrier()
 if not os.path.isdir(data_dir):
-    there = ', '.join(sorted(os.listdir('data'))) if os.path.isdir('data') else 'nothing'
+    there = ', '.join(sorted(os.path.basename(os.path.dirname(f)) for f in glob.glob('data/*/'))) or 'nothing'
     raise InputError(f'no data in {data_dir}: set dataset to a folder in data/, where there is {there}')
 meta = tokenizer.read_meta(data_dir)
 if resuming and not tokenizer.agree(resumed.get('tokenizer'), meta['tokenizer']):

@@ -8,6 +8,7 @@ the validation are in the training text as well.
 import argparse
 import collections
 import hashlib
+import json
 import os
 import sys
 
@@ -29,6 +30,15 @@ parser.add_argument('--excerpt', type=int, default=200, help='tokens shown of ea
 args = parser.parse_args()
 if not os.path.isdir(args.folder):
     raise InputError(f'there is no folder {args.folder}')
+splits = {split: paths_of(args.folder, split) for split in ('train', 'val')}
+progress = os.path.join(args.folder, 'progress.json')
+if os.path.exists(progress):
+    with open(progress, encoding='utf-8') as f:
+        progress = json.load(f)
+    if 'done' not in progress:
+        print(f'its preparation is not finished: {sum(progress["tokens"].values()):,} tokens so far')
+elif not any(splits.values()):
+    raise InputError(f'{args.folder} has no token files: prepare them first')
 
 
 def chunks(path):
@@ -61,7 +71,6 @@ except InputError as e:
 described = ' '.join(str(meta['tokenizer'][key]) for key in ('kind', 'name') if key in meta['tokenizer'])
 print(f'{args.folder}: {meta.get("source", "no source given")}\n'
       f'tokenizer {described}, {meta["vocab_size"]:,} ids in {meta["dtype"]}')
-splits = {split: paths_of(args.folder, split) for split in ('train', 'val')}
 excerpts, validation = {}, set()
 for split, paths in reversed(splits.items()):
     if not paths:
@@ -85,7 +94,7 @@ for split, paths in reversed(splits.items()):
     if tokenizer and size and not outside:
         sample = first[:100_000].tolist()
         print(f'  {len(tokenizer.to_bytes(sample)) / len(sample):.2f} bytes of text per token')
-        excerpts[split] = tokenizer.decode(first[:args.excerpt].tolist())
+        excerpts[split] = tokenizer.decode(first[:max(0, args.excerpt)].tolist())
     if size:
         counts, tokens, again, n = collections.Counter(), collections.Counter(), [0, 0], 0
         for length, digest in documents(paths):
@@ -101,6 +110,9 @@ for split, paths in reversed(splits.items()):
                 again[0] += 1
                 again[1] += length
         total = sum(tokens.values())
+    if size and eot is None:
+        print('  the tokenizer has no end of text: where documents end is not known')
+    elif size:
         print(f'  {n:,} document{"s" if n > 1 else ""}, {total / n:,.0f} tokens in the mean; by length:')
         for most in (*LENGTHS, None):
             if counts[most]:

@@ -27,6 +27,8 @@ parser.add_argument('--dest', default='tokenizer.json')
 args = parser.parse_args()
 if args.vocab_size < 257:
     raise InputError(f'--vocab_size={args.vocab_size} must be at least 257: the bytes, and what ends a text')
+if not args.dest.endswith('.json'):
+    raise InputError(f'--dest={args.dest} must end in .json, by which a tokenizer is known')
 if os.path.exists(args.dest):
     raise InputError(f'{args.dest} is there already: choose another --dest')
 source = find(args.files, args.field)
@@ -57,4 +59,5 @@ except Exception as e:  # it raises nothing more precise
     raise InputError(f'{args.dest} cannot be written: {e}') from None
 tokenizer = HuggingFace.from_file(args.dest)
 n_tokens = sum(len(tokenizer.encode(text)) for text in sample)
-print(f'{args.dest}: {tokenizer.vocab_size:,} ids, {n_bytes / n_tokens:.2f} bytes of the text per token')
+print(f'{args.dest}: {tokenizer.vocab_size:,} ids, {n_bytes / n_tokens:.2f} bytes of the text per token'
+      + ('; the text has no more pairs to join' if tokenizer.vocab_size < args.vocab_size else ''))

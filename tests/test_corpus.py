@@ -345,9 +345,9 @@ def test_refused(folder, monkeypatch):
     prepare(tokens=15000)
     before = content('data')
     for change, message in (
-            (dict(seed=2), 'data was prepared with other seed: give the same, or --restart'),
-            (dict(shard=999), 'other shard_tokens'), (dict(split=FirstTokens(501)), 'other validation'),
-            (dict(tokenizer=tokenizer.Bytes(), split=SomeDocuments(0.1)), 'other tokenizer and validation'),
+            (dict(seed=2), 'data was prepared with other --seed: give the same, or --restart'),
+            (dict(shard=999), 'other --shard_tokens'), (dict(split=FirstTokens(501)), 'other --val_tokens'),
+            (dict(tokenizer=tokenizer.Bytes(), split=SomeDocuments(0.1)), 'other --tokenizer and --val'),
             (dict(source=sources.hub('src/0.parquet')), 'other files')):
         with pytest.raises(InputError, match=message):
             prepare(**change)
@@ -377,10 +377,24 @@ def test_refused(folder, monkeypatch):
     parquet(folder / 'src' / 'empty.parquet', ['', None])
     with pytest.raises(InputError, match='none has no text for train and val: give more'):
         prepare('none', source=sources.hub('src/empty.parquet', name='none'))
-    with pytest.raises(InputError, match='has no text for val: give more, or divide it otherwise, with --restart'):
+    with pytest.raises(InputError, match='has no text for val: give more, or another --val, with --restart'):
         prepare('val', split=SomeDocuments(1e-9))
-    with pytest.raises(InputError, match='has no text for train'):
+    with pytest.raises(InputError, match='has no text for train: give more, or another --val_tokens, with --restart'):
         prepare('train', split=FirstTokens(10 ** 6))
+    with open('bad.jsonl', 'w') as f:
+        f.write('{')
+    with pytest.raises(InputError, match='bad.jsonl, line 1 is no JSON'):
+        prepare('bad', source=sources.find(['bad.jsonl']))
+    prepare('bad')  # of other files, for nothing had been prepared
+
+
+def test_going_on_by_another_path(folder, capsys):
+    prepare(tokens=20000, source=sources.find(['src/0.parquet', 'src/1.parquet', 'src/2.parquet']))
+    capsys.readouterr()
+    again = sources.find(['./src/0.parquet', f'{os.getcwd()}/src/1.parquet', 'src/0.parquet', 'src/../src/2.parquet'])
+    assert len(again.files) == 3
+    prepare(source=again)
+    assert 'data: going on after ' in capsys.readouterr().out
 
 
 def test_one_preparation_at_a_time(folder):
@@ -407,12 +421,12 @@ def test_write(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('text, number', [('5000', 5000), ('100M', 10 ** 8), ('1.5B', 1_500_000_000), ('2k', 2000),
-                                          ('1T', 10 ** 12)])
+                                          ('1T', 10 ** 12), ('2m', 2_000_000)])
 def test_count(text, number):
     assert corpus.count(text) == number
 
 
-@pytest.mark.parametrize('text', ['0', '-1', '1.5', '10m', '', 'all', '1e6'])
+@pytest.mark.parametrize('text', ['0', '-1', '1.5', '10x', '', 'all', '1e6'])
 def test_no_count(text):
     with pytest.raises(argparse.ArgumentTypeError, match='write 5000, 100M or 1.5B'):
         corpus.count(text)

@@ -106,7 +106,7 @@ def test_evaluation_reads_the_same_and_no_random_state(tmp_path):
     (lambda d: (d / 'val.bin').unlink(), 'no val.bin'),
     (lambda d: (d / 'val.bin').write_bytes(b''), 'has 0 tokens but meta.json says 100'),
     (lambda d: (d / 'val.bin').write_bytes(b'abc'), 'not a multiple of 2'),
-    (lambda d: (d / 'val.bin').write_bytes(b'ab' * 60), 'prepare the data again'),
+    (lambda d: (d / 'val.bin').write_bytes(b'ab' * 60), 'run the same preparation again'),
     (lambda d: np.full(100, 300, '<u2').tofile(d / 'val.bin'), 'token id 300, but the vocabulary has 256'),
     (lambda d: None, 'too few for block_size=200'),
 ])

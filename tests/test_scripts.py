@@ -54,7 +54,8 @@ def test_a_tokenizer_of_ones_own(project):
     (project.folder / 'mine.txt').write_bytes(text.encode())
     train_tokenizer = str(project.folder / 'data' / 'train_tokenizer.py')
     ran = project.run(train_tokenizer, 'mine.txt', '--vocab_size=300')
-    assert re.fullmatch(r'tokenizer.json: \d+ ids, \d\.\d\d bytes of the text per token\n', ran.stdout), ran.stderr
+    assert re.fullmatch(r'tokenizer.json: \d+ ids, \d\.\d\d bytes of the text per token; the text has no '
+                        r'more pairs to join\n', ran.stdout), ran.stderr
     bpe = tokenizer.HuggingFace.from_file('tokenizer.json')
     assert bpe.decode(bpe.encode(text)) == text and len(bpe.encode(text)) < len(text.encode()) / 3
     assert bpe.decode(bpe.encode('Ελλάδα <|endoftext|>')) == 'Ελλάδα <|endoftext|>' and bpe.eot is not None
@@ -63,11 +64,13 @@ def test_a_tokenizer_of_ones_own(project):
     os.remove('tokenizer.json')  # it is in the data folder, and in the checkpoint
     project.train(dataset='text', block_size=8, max_iters=3)
     shutil.rmtree('data/text')
+    shutil.copy('mine.txt', 'taken.json')
     assert project.sample(start='Ça va').startswith('Ça va')
     for argv, message in ((['nothere.txt'], 'there is no nothere.txt'),
                           (['mine.txt', '--vocab_size=9'], 'at least 257'),
                           (['mine.txt', '--dest=no/t.json'], 'cannot be written'),
-                          (['mine.txt', '--dest=mine.txt'], 'mine.txt is there already')):
+                          (['mine.txt', '--dest=mine.txt'], '--dest=mine.txt must end in .json'),
+                          (['mine.txt', '--dest=taken.json'], 'taken.json is there already')):
         ran = project.run(train_tokenizer, *argv)
         assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 
@@ -90,10 +93,12 @@ def test_prepared_text_is_split_by_characters(project):
                           (['empty.txt'], 'empty.txt has no text for train and val'),
                           (['a.txt', '--val=2'], "--val: '2' must be between 0 and 1"),
                           (['a.txt', '--tokens=lots'], "--tokens: 'lots' is no number of tokens"),
+                          (['a.txt', '--name=a/b'], '--name=a/b must be the name of a folder in data/'),
+                          (['a.txt', '--name=tiny'], 'data/tiny has data that was prepared otherwise'),
                           (['a.txt', '--tokenizer=gpt9'], '--tokenizer=gpt9 is not known'),
                           (['a.txt', '--tokenizer=nothere.json'], 'nothere.json cannot be read'),
                           (['a.txt', '--tokenizer=damaged.json'], 'damaged.json cannot be read')):
-        ran = project.run(script, *argv, '--name=bad')
+        ran = project.run(script, '--name=bad', *argv)
         assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 
 
@@ -126,7 +131,7 @@ def test_web_text_from_parquet_to_training(project):
                       '--val_tokens=500')
     assert ran.returncode == 0 and 'data/openwebtext/train.bin: ' in ran.stdout, ran.stderr
     for argv, message in (((*options, '--name=sample-9BT'), '--name=sample-9BT is not known: use default, sample-10BT'),
-                          ((*options, '--seed=3'), 'data/fineweb_edu was prepared with other seed'),
+                          ((*options, '--seed=3'), 'data/fineweb_edu was prepared with other --seed'),
                           (('--source=nothere', '--tokenizer=bytes'), 'sample-10BT: there is no nothere/sample/10BT'),
                           ((*options, '--name=CC-MAIN-2024-10'), 'other files')):
         ran = project.run(prepare, *argv)

@@ -67,16 +67,19 @@ def test_a_long_text_is_cut_at_line_ends_and_characters(tmp_path, monkeypatch):
         assert list(again) == pieces[n:]
 
 
-def test_what_a_command_line_names(tmp_path, monkeypatch):
+def test_what_a_command_line_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.makedirs('d/inside')
-    for name in ('d/b.txt', 'd/a.md', 'd/inside/c.jsonl.gz', 'd/left.out', 'd/code.py'):
+    os.makedirs('d/.git')
+    for name in ('d/b.txt', 'd/a.md', 'd/inside/c.jsonl.gz', 'd/left.out', 'd/code.py', 'd/.git/x.txt', 'd/.y.txt'):
         open(name, 'w').close()
     assert find(['d']).files == ['d/a.md', 'd/b.txt', 'd/inside/c.jsonl.gz']
+    assert capsys.readouterr().out == 'd: 3 files, and 2 that are no .txt, .md, .jsonl or .parquet\n'
     assert find(['d/*.py', 'd/b.txt', 'd/b.txt', 'd/**/*.gz']).files == ['d/code.py', 'd/b.txt', 'd/inside/c.jsonl.gz']
     os.makedirs('empty')
     for names, message in ((['empty'], 'empty has no .txt'), (['no.txt'], 'there is no no.txt'),
-                           (['x/*.txt'], 'there is no x/'), (['d/b.txt', 'owner/name'], 'there is no owner/name')):
+                           (['x/*.txt'], 'there is no x/'), (['d/b.txt', 'owner/name'], 'there is no owner/name'),
+                           (['d/insidee'], 'there is no d/insidee: name files')):
         with pytest.raises(InputError, match=message):
             find(names)
 
@@ -193,7 +196,8 @@ def test_the_network_is_tried_again(tmp_path, monkeypatch, capsys):
         list(source)
 
 
-def test_the_hub_without_a_network(monkeypatch):
+def test_the_hub_without_a_network(monkeypatch, capsys):
     monkeypatch.setattr(sources, 'PAUSES', ())
     with pytest.raises(InputError, match='owner/name of the hub cannot be reached'):
         find(['owner/name'])
+    assert capsys.readouterr().out.startswith('there is no file or folder owner/name here: looking for such a dataset')

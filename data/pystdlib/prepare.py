@@ -6,6 +6,7 @@ The source of the running Python's standard library, as bytes: needs no network.
 Every 20th file is for validation, so that no text is in both splits. Tests and site-packages are left out.
 """
 
+import argparse
 import os
 import sys
 import sysconfig
@@ -18,6 +19,7 @@ from corpus import write  # noqa: E402
 from tokenizer import Bytes  # noqa: E402
 
 report_errors()
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'lib2to3',
             'encodings', 'pydoc_data'}  # tables rather than code
 

@@ -4,6 +4,7 @@ Shakespeare (1.1 MB) in GPT-2's BPE: 301,966 tokens to train on, 36,059 to valid
   python data/shakespeare/prepare.py
 """
 
+import argparse
 import os
 import sys
 
@@ -17,5 +18,6 @@ from corpus import write  # noqa: E402
 from tokenizer import Tiktoken  # noqa: E402
 
 report_errors()
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 splits = tinyshakespeare.splits(here)
 write(here, Tiktoken('gpt2'), splits, tinyshakespeare.URL)

@@ -4,6 +4,7 @@ Shakespeare (1.1 MB), one token per character: 1,003,854 tokens to train on, 111
   python data/shakespeare_char/prepare.py
 """
 
+import argparse
 import os
 import sys
 
@@ -17,5 +18,6 @@ from corpus import write  # noqa: E402
 from tokenizer import Chars  # noqa: E402
 
 report_errors()
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 splits = tinyshakespeare.splits(here)
 write(here, Chars(sorted(set(splits['train'][0] + splits['val'][0]))), splits, tinyshakespeare.URL)
