@@ -75,7 +75,7 @@ class Endings:
 
 def by_number(source, share, few=100):
     """Endings of fewer than `few` documents, which are read for that; otherwise SomeDocuments."""
-    documents = (part for document in source.again() for part in _parts(document))
+    documents = (part for document in source.again() for part in parts(document))
     n = sum(1 for _ in zip(range(few), documents, strict=False))
     return (Endings if n < few else SomeDocuments)(share)
 
@@ -86,25 +86,26 @@ def _digest(text):
 
 # blocks of documents
 
-def _parts(document):
+def parts(document):
     """A document as it is encoded: none that is empty, none longer than LONGEST, none that UTF-8 cannot write."""
     try:
         document.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write; as tiktoken mends it
         document = document.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    while len(document) > LONGEST:
-        end = document.rfind('\n', 0, LONGEST) + 1 or document.rfind(' ', 0, LONGEST) + 1 or LONGEST
-        yield document[:end]
-        document = document[end:]
-    if document:
-        yield document
+    start = 0
+    while start < len(document):
+        end = longest = start + LONGEST
+        if longest < len(document):
+            end = next((i for i in (document.rfind(mark, start, longest) + 1 for mark in '\n ') if i), longest)
+        yield document[start:end]
+        start = end
 
 
 def _block(documents):
     """The next documents of an iterator, BLOCK characters of them."""
     block, size = [], 0
     for document in documents:
-        for part in _parts(document):
+        for part in parts(document):
             block.append(part)
             size += len(part) + PER_DOCUMENT
         if size >= BLOCK:
@@ -153,80 +154,87 @@ def _encode(documents, tokenizer, split, dtype):
 
 class Shards:
     """
-    The files of one split, to which tokens are appended: `size` tokens each, the one that is being written with
-    .partial at its end. What lies beyond the first `written` tokens is taken back.
+    The files of one split, to which tokens are appended, `size` to each. A file is written beside its name, with
+    .partial after it; once full and committed it is published under its name, for good: training may read it from then
+    on.
     """
 
-    def __init__(self, folder, split, dtype, size, written):
+    def __init__(self, folder, split, dtype, size, written, alone=False):
+        """written: tokens that are there; what lies beyond will be written again. alone: there will be one file."""
         self.folder, self.split, self.dtype, self.size, self.written = folder, split, dtype, size, written
-        if written and os.path.exists(self._only()):
-            os.replace(self._only(), self._path(0))
+        self.alone, self.file, self.full, self.finished = alone, None, [], False
         number, begun = divmod(written, size)
-        if os.path.exists(self._path(number)):
-            os.replace(self._path(number), self._partial())
-        kept = [self._path(i) for i in range(number)]
-        for path in set(self._files()) - {*kept, self._partial()}:
-            os.remove(path)
-        expected = dict.fromkeys(kept, size) | ({self._partial(): begun} if begun else {})
-        for path, tokens in expected.items():
-            if not os.path.exists(path) or os.path.getsize(path) < tokens * dtype.itemsize:
-                raise InputError(f'{path} is not as progress.json says: prepare the data anew, with --restart')
-        self._open()
-        self.file.truncate(begun * dtype.itemsize)
+        for i in range(number):
+            self._check(self._path(i), size)
+        if begun:
+            partial = self._path(number) + '.partial'
+            if not os.path.exists(partial):  # published to go on later, or just before it could be written down
+                there = self._path(number) if os.path.exists(self._path(number)) else self._only()
+                self._check(there, begun)
+                shutil.copyfile(there, partial + '.tmp')
+                os.replace(partial + '.tmp', partial)
+            self._check(partial, begun)
+            self.file = open(partial, 'ab')
+            self.file.truncate(begun * dtype.itemsize)
+
+    def _check(self, path, tokens):
+        if not os.path.exists(path) or os.path.getsize(path) < tokens * self.dtype.itemsize:
+            raise InputError(f'{path} is not as progress.json says: prepare the data anew, with --restart')
 
     def _only(self):
         return os.path.join(self.folder, f'{self.split}.bin')
 
     def _path(self, number):
-        return os.path.join(self.folder, f'{self.split}_{number:03d}.bin')
-
-    def _partial(self):
-        return self._path(self.written // self.size) + '.partial'
-
-    def _files(self):
-        return files_of(self.folder, self.split)
-
-    def _open(self):
-        self.file = open(self._partial(), 'ab')
+        return self._only() if self.alone else os.path.join(self.folder, f'{self.split}_{number:03d}.bin')
 
     def append(self, ids):
         while len(ids):
-            room = self.size - self.written % self.size
-            self.file.write(ids[:room].tobytes())
-            if len(ids) >= room:
+            number, begun = divmod(self.written, self.size)
+            self.file = self.file or open(self._path(number) + '.partial', 'wb')
+            part, ids = ids[:self.size - begun], ids[self.size - begun:]
+            self.file.write(part.tobytes())
+            self.written += len(part)
+            if begun + len(part) == self.size:
                 self._close()
-            self.written += min(room, len(ids))
-            if self.file.closed:
-                self._open()
-            ids = ids[room:]
 
     def _close(self):
         self.sync()
         self.file.close()
-        os.replace(self._partial(), self._partial().removesuffix('.partial'))
+        self.file = None
+        self.full.append((self.written - 1) // self.size)
 
     def sync(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
-    def in_files(self):
-        """Tokens in the files that are finished."""
-        return self.written if self.file.closed else self.written - self.written % self.size
+    def publish(self):
+        for number in self.full:
+            os.replace(self._path(number) + '.partial', self._path(number))
+        self.full = []
 
-    def finish(self):
-        if self.written % self.size:
+    def published(self):
+        """Tokens in the files that are published."""
+        return self.written - (0 if self.finished else self.written % self.size)
+
+    def finish(self, exhausted):
+        """exhausted: there will be no more tokens."""
+        if self.file:
             self._close()
-        else:
-            self.file.close()
-            os.remove(self._partial())
-        if len(files := self._files()) == 1:  # as nanoGPT has it
-            os.replace(files[0], self._only())
+        paths = [self._path(i) for i in range(-(-self.written // self.size))]
+        if self.full == [0] and exhausted:  # as nanoGPT has it
+            os.replace(self._path(0) + '.partial', self._only())
+            self.full, paths = [], [self._only()]
+        self.publish()
+        self.finished = True
+        for path in set(files_of(self.folder, self.split)) - set(paths):
+            os.remove(path)
 
 
 def files_of(folder, split):
     """A split's files, finished or not."""
     return sorted(path for path in glob.glob(os.path.join(glob.escape(folder), f'{split}*'))
-                  if re.fullmatch(rf'{split}(_\d+)?\.bin(\.partial)?', os.path.basename(path)))
+                  if re.fullmatch(rf'{split}(_\d+)?\.bin(\.partial(\.tmp)?)?', os.path.basename(path)))
 
 
 class Writer:
@@ -236,9 +244,11 @@ class Writer:
         self.folder, self.tokenizer, self.split, self.source, self.progress = folder, tokenizer, split, source, progress
         self.dtype = dtype_of(tokenizer)
         self.seen = set(progress['seen'])  # digests of the documents that FirstTokens took
-        sizes = {'train': shard, 'val': min(split.tokens, shard) or shard}
-        self.splits = {name: Shards(folder, name, self.dtype, size, progress['tokens'][name])
-                       for name, size in sizes.items()}
+        alone = 0 < split.tokens <= shard
+        self.splits = {
+            'train': Shards(folder, 'train', self.dtype, shard, progress['tokens']['train']),
+            'val': Shards(folder, 'val', self.dtype, split.tokens if alone else shard, progress['tokens']['val'],
+                          alone)}
         self.save()
 
     def add(self, documents, most):
@@ -268,6 +278,7 @@ class Writer:
         """What has been added stays, and the source goes on at `position`."""
         for files in self.splits.values():
             files.sync()
+            files.publish()
         self.progress |= {'position': position, 'block': self.progress['block'] + 1, 'seen': sorted(self.seen),
                           'fingerprint': self.source.fingerprint(position),
                           'tokens': {name: files.written for name, files in self.splits.items()}}
@@ -277,19 +288,21 @@ class Writer:
         """Leave what has not been committed."""
         for files in self.splits.values():
             with contextlib.suppress(OSError):  # a full disk's
-                files.file.close()
+                if files.file:
+                    files.file.close()
 
     def finish(self, exhausted):
         for files in self.splits.values():
-            files.finish()
+            files.finish(exhausted)
         self.progress['done'] = {'exhausted': exhausted,
                                  'tokens': {name: files.written for name, files in self.splits.items()}}
         self.save()
 
     def save(self):
-        _write_json(os.path.join(self.folder, 'progress.json'), self.progress)
-        _write_meta(self.folder, self.tokenizer, {name: files.in_files() for name, files in self.splits.items()},
+        # progress.json last: where it says that all is done, it is
+        _write_meta(self.folder, self.tokenizer, {name: files.published() for name, files in self.splits.items()},
                     self.source.name)
+        _write_json(os.path.join(self.folder, 'progress.json'), self.progress)
 
 
 def dtype_of(tokenizer):
@@ -367,7 +380,7 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
 
     def write():
         encoded, position = ahead.popleft()
-        finished = writer.splits['train'].in_files()
+        finished = writer.splits['train'].published()
         for documents in encoded:
             before = writer.written()
             writer.add(documents.result(), most)
@@ -375,7 +388,7 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
         if writer.splits['train'].written >= most:
             return True  # progress.json stays before this block, so that more tokens can be asked for
         writer.commit(position)
-        if (now := writer.splits['train'].in_files()) > finished:
+        if (now := writer.splits['train'].published()) > finished:
             bar.write(f'{folder}: {now:,} tokens to train on are finished')
         return False
     try:
@@ -493,7 +506,7 @@ def arguments(doc, tokenizer):
     parser.add_argument('--tokens', type=count, help='to train on, such as 100M (all there are); the same command with '
                                                      'more of them goes on')
     parser.add_argument('--shard_tokens', type=count, default=SHARD, help='in a file (100M)')
-    parser.add_argument('--seed', type=int, default=1337, help='of the order of documents (%(default)s)')
+    parser.add_argument('--seed', type=natural, default=1337, help='of the order of documents (%(default)s)')
     parser.add_argument('--restart', action='store_true', help='remove what has been prepared, and begin anew')
     return parser
 
@@ -505,6 +518,13 @@ def count(text):
     if number < 1 or number != int(number):
         raise argparse.ArgumentTypeError(f'{text!r} is no number of tokens: write 5000, 100M or 1.5B')
     return int(number)
+
+
+def natural(text):
+    """'7' -> 7."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} must be 0, 1, 2, ...')
+    return int(text)
 
 
 def share(text):
@@ -523,5 +543,5 @@ def named_tokenizer(name, source):
         return by_name(name)
     characters = set()
     for document in source.again():
-        characters.update(document)
+        characters.update(*parts(document))
     return Chars(sorted(characters))

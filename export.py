@@ -227,7 +227,7 @@ def to_nanogpt(folder):
         'best_val_loss': of_run.get('best_val_loss', 1e9), 'config': keys}, best=False)
     words = f"nanoGPT's ckpt.pt, {'with' if optimizer['state'] else 'without'} the moments of AdamW"
     kind = text.to_dict()['kind']
-    if text.to_dict() == tokenizer.GPT2:
+    if text.to_dict().get('name') == 'gpt2':
         return words
     if kind not in ('chars', 'bytes'):
         return f'{words}; its sample.py has no tokenizer of the kind {kind}'

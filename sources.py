@@ -18,7 +18,7 @@ from configurator import InputError
 from tokenizer import END_OF_TEXT
 
 LONGEST = 2 ** 22  # bytes of a text that are one document at most: a longer one is cut at the end of a line
-COMPRESSED = ('.gz', '.zst', '.bz2')
+COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd', '.bz2': 'bz2'}
 PAUSES = (5, 20, 60, 180)  # seconds, after which the network is tried again
 
 
@@ -37,14 +37,15 @@ class TextFile:
         mark, start, buffer = END_OF_TEXT.encode(), 0, b''
         with _opened(self.path, self.position) as f:
             while True:
-                end = buffer.find(mark, start, start + LONGEST)
+                # LONGEST bytes, and of the next as many as a mark or a character needs that begins in them
+                end = buffer.find(mark, start, start + LONGEST + len(mark) - 1)
                 after = end + len(mark)
-                if end < 0 and len(buffer) - start < LONGEST:
+                if end < 0 and len(buffer) - start < LONGEST + len(mark):
                     more = f.read(LONGEST)
                     if more:
                         start, buffer = 0, buffer[start:] + more
                         continue
-                    end = after = len(buffer)
+                    end = after = len(buffer) if len(buffer) - start <= LONGEST else _cut(buffer, start)
                 elif end < 0:
                     end = after = _cut(buffer, start)
                 if after == start:
@@ -62,7 +63,7 @@ class TextFile:
 
 
 def _cut(buffer, start):
-    """Where the first LONGEST bytes from `start` are best cut: after a line, a word, or else a character."""
+    """Where the first LONGEST bytes from `start` are best cut, of more: after a line, a word, or else a character."""
     for mark in (b'\n', b' '):
         end = buffer.rfind(mark, start, start + LONGEST) + 1
         if end > start:
@@ -88,7 +89,7 @@ class JsonLines:
                 where = f'{self.path}, line {self.position[1]}'
                 try:
                     record = json.loads(line)
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     raise InputError(f'{where} is no JSON ({e}): there must be one object to a line, and no array '
                                      f'around them') from None
                 yield field_of(record, self.field, where)
@@ -109,12 +110,13 @@ def field_of(record, field, where):
 
 def _opened(path, position):
     """A file's bytes from `position` on, decompressed; of a compressed file those before are read and dropped."""
-    if not path.endswith(COMPRESSED):
+    codec = COMPRESSED.get(os.path.splitext(path)[1].lower())
+    if not codec:
         f = open(path, 'rb')
         f.seek(position)
         return f
     import pyarrow  # which, unlike Python's zstandard, notices a file that was cut off
-    f = io.BufferedReader(pyarrow.input_stream(path, compression='detect'), 2 ** 20)
+    f = io.BufferedReader(pyarrow.input_stream(path, compression=codec), 2 ** 20)
     while position and (dropped := f.read(min(position, 2 ** 20))):
         position -= len(dropped)
     return f
@@ -134,11 +136,12 @@ class Rows:
 
     def __iter__(self):
         datasets = quiet_datasets()
-        options = {'data_files': [self.path], 'split': 'train', 'streaming': True}
+        path = self.path if '://' in self.path else glob.escape(self.path)
+        options = {'data_files': [path], 'split': 'train', 'streaming': True}
         if self.kind == 'parquet':  # reads this column alone, and of the file only from the group of rows it goes on at
             columns = datasets.load_dataset(self.kind, **options).column_names
             field_of(dict.fromkeys(columns), self.field, self.path)
-            options['columns'] = [self.field]
+            options |= {'columns': [self.field], 'batch_size': 1000}
         dataset = datasets.load_dataset(self.kind, **options)
         if self.kind == 'parquet':
             dataset = dataset.reshard()
@@ -149,8 +152,10 @@ class Rows:
         try:
             for row in rows:
                 yield field_of(row, self.field, self.path)
-        finally:
-            rows.close()
+        except BaseException:  # left before its end: should the process end before Arrow's threads do, they abort it
+            rows.close()  # (https://github.com/apache/arrow/issues/45214)
+            time.sleep(0.2)
+            raise
 
 
 def rows_of(kind):
@@ -181,7 +186,7 @@ class Source:
     def __init__(self, files, field='text', reader=None, name=None):
         """files: paths or URLs; reader: of all of them (None: by the file's name); name: what it is, for meta.json."""
         self.files, self.field, self.reader = files, field, reader
-        self.name = name or (', '.join(files[:3]) + (f' and {len(files) - 3:,} more' if len(files) > 3 else ''))
+        self.name = name or _written(', '.join(files[:3]) + (f' and {len(files) - 3:,} more' if len(files) > 3 else ''))
 
         self.remote = any('://' in path for path in files)
 
@@ -192,20 +197,25 @@ class Source:
     def fingerprint(self, position):
         """Another if a file changes that has been begun at that position."""
         number, within = position
-        stats = () if self.remote else (
-            (stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, self.files[:number + (within is not None)]))
-        return hashlib.sha256(repr(list(stats)).encode()).hexdigest()
+        stats = []
+        for path in () if self.remote else self.files[:number + (within is not None)]:
+            try:
+                stats.append((os.stat(path).st_size, os.stat(path).st_mtime_ns))
+            except OSError as e:
+                raise InputError(f'{path} cannot be read: {e.strerror}') from None
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def n_bytes(self):
         """Of its text, about; None of what lies elsewhere."""
         return None if self.remote else sum(
-            os.path.getsize(path) * (3 if path.endswith((*COMPRESSED, '.parquet')) else 1) for path in self.files)
+            os.path.getsize(path) * (3 if path.lower().endswith((*COMPRESSED, '.parquet')) else 1)
+            for path in self.files)
 
     def __iter__(self):
         first, within = self.position
         for number in range(first, len(self.files)):
             path, failures = self.files[number], 0
-            suffix = os.path.splitext(re.sub(r'\.(gz|zst|bz2)$', '', path))[1].lower()
+            suffix = os.path.splitext(re.sub(r'\.(gz|zst|bz2)$', '', path.lower()))[1]
             kind = self.reader or READERS.get(suffix, TextFile)
             while True:
                 reader = kind(path, self.field, within)
@@ -246,6 +256,11 @@ def _told(reader, path):
             raise
         what = f'cannot be read: {e.strerror}' if e.strerror else f'is damaged or cut off ({_line(e)}): get it again'
         raise InputError(f'{path} {what}') from None
+
+
+def _written(path):
+    """A path as UTF-8 can write it."""
+    return path.encode(errors='replace').decode()
 
 
 def _line(error):
@@ -305,6 +320,8 @@ def find(names, field='text'):
             print(f'{name}: {len(found):,} files'
                   + (f', and {others:,} that are no .txt, .md, .jsonl or .parquet' if others else ''), flush=True)
         elif os.path.exists(name):
+            if not os.path.isfile(name):
+                raise InputError(f'{name} can be read only once: write it to a file first')
             found = [name]
         else:
             found = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]

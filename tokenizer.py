@@ -122,13 +122,16 @@ class Tiktoken(Tokenizer):
         try:
             with open(path, encoding='ascii') as f:
                 ranks = f.read()
-            number = len(_ranks(ranks))
+            read = _ranks(ranks)
         except (OSError, ValueError) as e:
             raise InputError(f'{path} cannot be read as a file of ranks: {e}') from None
+        number = len(read)
         if number not in RANK_FILES:
             raise InputError(f'{path} has {number:,} ranks: how its text is split into words is known for '
                              + ', '.join(f'{n:,} ({name})' for n, (name, *_) in RANK_FILES.items())
                              + '; use a tokenizer.json, which says so itself')
+        if sorted(read.values()) != list(range(number)) or not all(bytes([byte]) in read for byte in range(256)):
+            raise InputError(f'{path} is damaged: it has not each rank from 0 to {number - 1:,}, or not every byte')
         name, pattern, special = RANK_FILES[number]
         return cls.from_ranks(name, ranks, pattern, special)
 
@@ -149,7 +152,7 @@ class Tiktoken(Tokenizer):
 
     def to_dict(self):
         ranks = ''.join(f'{base64.b64encode(token).decode()} {rank}\n'
-                        for token, rank in self.encoding._mergeable_ranks.items())
+                        for token, rank in sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
         return {'kind': 'tiktoken', 'name': self.name, 'pattern': self.encoding._pat_str,
                 'special': dict(self.encoding._special_tokens), 'ranks': ranks}
 

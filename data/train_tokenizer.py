@@ -15,6 +15,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
+from corpus import parts  # noqa: E402
 from sources import find  # noqa: E402
 from tokenizer import END_OF_TEXT, HuggingFace  # noqa: E402
 
@@ -38,7 +39,7 @@ n_bytes = 0
 
 def lines():
     global n_bytes
-    for text in source:
+    for text in (part for document in source for part in parts(document)):
         if n_bytes < 10e6:
             sample.append(text)
             n_bytes += len(text.encode())

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import tiktoken
+import torch
 from conftest import ROOT
 from test_sources import parquet
 
@@ -22,8 +23,9 @@ import sources
 import tokenizer
 from configurator import InputError
 from corpus import Endings, FirstTokens, SomeDocuments
-from loader import Tokens
+from loader import Tokens, TrainBatches
 
+CPU = torch.device('cpu')
 RNG = random.Random(7)
 WORDS = ['the', ' cat', 'é', '日本', '\n', ' 1', '.', '\r\n', ' \t', '\U0001F600', 'x' * 20]
 DOCUMENTS = [f'{i}:' + ''.join(RNG.choices(WORDS, k=RNG.randint(1, 60))) for i in range(300)]
@@ -120,21 +122,30 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(folder, monkeypatch):
     source = sources.hub('src/[01].parquet')
     whole = prepare(source=source.again(), shard=3000)
     crashes = 0
-    for n in itertools.count(step=2):
+    for n in itertools.count(step=3):
         dest = f'crash{n}'
         for again in range(3):  # and once more on the way, and once more
             with monkeypatch.context() as patch:
-                gone = crash_at(n + 5 * again, patch, (os, 'fsync'), (os, 'replace'), (corpus, '_encode'))
+                gone = crash_at(n + 5 * again, patch, (os, 'fsync'), (os, 'replace'), (os, 'remove'),
+                                (corpus, '_encode'))
                 try:
                     prepare(dest, source=source.again(), shard=3000)
                     break
                 except gone:
                     crashes += 1
+        ready = tokenizer.read_meta(dest) if os.path.exists(f'{dest}/meta.json') else {'tokens': {'val': 0}}
+        if ready['tokens']['val']:  # then what there is can be trained on
+            assert Tokens(dest, 'val', ready, 16).n_tokens == 500
+        if ready['tokens'].get('train'):
+            assert Tokens(dest, 'train', ready, 16).n_tokens == ready['tokens']['train']
         assert prepare(dest, source=source.again(), shard=3000) == whole, n
-        assert 'done' in json.load(open(f'{dest}/progress.json'))
+        with open(f'{dest}/meta.json', 'rb') as meta, open('data/meta.json', 'rb') as expected:
+            assert meta.read() == expected.read()
+        with open(f'{dest}/progress.json') as progress:
+            assert 'done' in json.load(progress)
         if not again and n > 20:
             break
-    assert crashes > 60
+    assert crashes > 40
 
 
 def test_killed_20_times(folder):
@@ -180,6 +191,17 @@ def test_more_tokens_later_are_the_same_as_at_once(folder, capsys):
     assert 'no more text' not in capsys.readouterr().out
     prepare('more', tokens=10 ** 9)
     assert 'three files has no more text than this' in capsys.readouterr().out
+
+
+def test_a_training_run_beside_a_preparation_that_goes_on(folder):
+    """What is published stays where it is, with what it has; only more is added."""
+    for more in ({'tokens': 1500}, {'tokens': 12000}, {}):
+        prepare(**more)
+        loaded = Tokens('data', 'train', tokenizer.read_meta('data'), 16)
+        batches, steps = TrainBatches(loaded, 4, 1, seed=1), range(loaded.n_windows // 4)
+        before = [batches.get(step, 0, CPU)[0] for step in steps]
+        prepare(**({} if 'tokens' not in more else {'tokens': more['tokens'] + 5000}))
+        assert all(torch.equal(x, batches.get(step, 0, CPU)[0]) for step, x in zip(steps, before, strict=True))
 
 
 def test_documents_of_the_validation_are_not_trained_on(folder):
@@ -265,7 +287,7 @@ def test_an_id_that_cannot_be(folder):
     with pytest.raises(InputError, match='gave the id 256, but has only 256 ids'):
         prepare(tokenizer=Wrong(), split=FirstTokens(10), shard=20)
     kept = content('data')
-    assert {'train_000.bin', 'train_001.bin', 'val_000.bin'} < kept.keys()
+    assert {'train_000.bin', 'train_001.bin', 'val.bin'} < kept.keys()
     meta = tokenizer.read_meta('data')
     assert Tokens('data', 'train', meta, 8).n_tokens == meta['tokens']['train'] > 100
 
@@ -395,6 +417,27 @@ def test_going_on_by_another_path(folder, capsys):
     assert len(again.files) == 3
     prepare(source=again)
     assert 'data: going on after ' in capsys.readouterr().out
+
+
+def test_a_file_that_is_gone(folder):
+    for i in range(3):
+        with open(f'{i}.txt', 'w') as f:
+            f.write('<|endoftext|>'.join(DOCUMENTS[i * 100:i * 100 + 100]))
+    files = ['0.txt', '1.txt', '2.txt']
+    prepare(tokens=15000, source=sources.Source(files))
+    os.remove('0.txt')
+    with pytest.raises(InputError, match='0.txt cannot be read: No such file'):
+        prepare(source=sources.Source(files))
+
+
+def test_characters_of_text_that_utf8_cannot_write(folder):
+    with open('half.jsonl', 'w') as f:
+        f.write('{"text": "a\\ud83d b"}\n' * 20)
+    source = sources.find(['half.jsonl'])
+    t = corpus.named_tokenizer('chars', source)
+    assert t.chars == sorted('a\ufffd b')
+    files = prepare(source=source, tokenizer=t, split=Endings(0.5))
+    assert t.decode(tokens(files, 'train').tolist()) == 'a\ufffd' * 20
 
 
 def test_one_preparation_at_a_time(folder):

@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import os
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -67,6 +68,25 @@ def test_a_long_text_is_cut_at_line_ends_and_characters(tmp_path, monkeypatch):
         assert list(again) == pieces[n:]
 
 
+def test_cuts_lose_nothing_wherever_one_goes_on(tmp_path, monkeypatch):
+    """Of text without line ends and spaces, in which marks and characters lie across the cuts."""
+    monkeypatch.setattr(sources, 'LONGEST', 40)
+    rng = random.Random(1)
+    for _ in range(60):
+        text = ''.join(rng.choices(['a', '\u597d', '\U0001F600', '<|endoftext|>', 'bcdefgh' * 3], [9, 9, 5, 3, 2],
+                                   k=rng.randint(1, 60)))
+        (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
+        pieces = list(find([str(tmp_path / 'a.txt')]))
+        assert ''.join(pieces) == text.replace('<|endoftext|>', '')
+        assert all(len(p.encode()) <= 40 for p in pieces)
+        assert len([p for p in pieces if p]) >= len([p for p in text.split('<|endoftext|>') if p])
+        source = find([str(tmp_path / 'a.txt')])
+        for n, _ in enumerate(source):
+            again = source.again()
+            again.position = source.where()
+            assert list(again) == pieces[n + 1:]
+
+
 def test_what_a_command_line_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.makedirs('d/inside')
@@ -102,6 +122,7 @@ LONG = json.dumps({'text': ''.join(map(chr, range(32, 20000)))}).encode()
     ('a.jsonl', lines({'text': 'a'}, '\n', {'body': 'b', 'id': 1}), "line 3 has no field 'text': it has body, id"),
     ('a.jsonl', lines({'text': 7}), "line 1: the field 'text' is a int"),
     ('a.jsonl', lines(['text']), 'line 1 is a list'),
+    ('a.jsonl', b'[' * 200_000, 'line 1 is no JSON'),
     ('a.jsonl.gz', cut(gzip.compress(LONG)), 'damaged or cut off'),
     ('a.jsonl.zst', cut(zst(LONG)), 'damaged or cut off'),
     ('a.txt.gz', b'no gzip at all', 'damaged or cut off'),
@@ -131,6 +152,19 @@ def test_parquet_refused(tmp_path):
     (tmp_path / 'damaged.parquet').write_bytes(damaged)
     with pytest.raises(InputError, match='damaged.parquet is damaged'):
         list(find([str(tmp_path / 'damaged.parquet')]))
+
+
+def test_odd_names_and_empty_parquet(tmp_path):
+    folder = tmp_path / 'od [x] y'
+    paths = [parquet(folder / 'a[1] b.parquet', ['one']), parquet(folder / 'e.parquet', pyarrow.array([], 'string')),
+             str(folder / 'c.TXT.GZ')]
+    with open(paths[2], 'wb') as f:
+        f.write(gzip.compress(b'three'))
+    assert list(find(paths)) == ['one', 'three']
+    if hasattr(os, 'mkfifo'):
+        os.mkfifo(tmp_path / 'pipe')
+        with pytest.raises(InputError, match='pipe can be read only once'):
+            find([str(tmp_path / 'pipe')])
 
 
 def test_a_dataset_by_a_pattern(tmp_path):

@@ -82,6 +82,9 @@ def test_a_file_of_ranks_is_all_that_is_needed(tmp_path, monkeypatch):
     for tokens, message in ((BYTES, r'has 256 ranks: how its text .* 50,256 \(gpt2\), 100,256 \(cl100k_base\)'),):
         with pytest.raises(InputError, match=message):
             tokenizer.by_name(ranks_file(tmp_path / 'few.tiktoken', tokens))
+    for damaged in ([*BYTES[:-1], b'de', b'ed'], [*BYTES, b'de', b'ed', b'dd'][1:]):
+        with pytest.raises(InputError, match='damaged: it has not each rank from 0 to 256, or not every byte'):
+            tokenizer.by_name(ranks_file(tmp_path / 'damaged.tiktoken', damaged[:257]))
     (tmp_path / 'no.tiktoken').write_text('no ranks at all')
     for name, message in (('no.tiktoken', 'cannot be read as a file of ranks'), ('nothere.tiktoken', 'cannot be read'),
                           ('gpt9', '--tokenizer=gpt9 is not known: use bytes, chars, one of tiktoken')):

@@ -7,6 +7,7 @@ FineWeb-Edu, educational web pages in English, streamed from Hugging Face's hub:
 Stopped at any moment, the same command goes on. The first documents are for validation, whatever --tokens is.
 """
 
+import glob
 import os
 import sys
 
@@ -31,7 +32,8 @@ parser.add_argument('--source', default='hf://datasets/HuggingFaceFW/fineweb-edu
 args = parser.parse_args()
 if args.name not in FILES and not args.name.startswith('CC-MAIN-'):
     raise InputError(f'--name={args.name} is not known: use {", ".join(FILES)}, or a crawl such as CC-MAIN-2024-10')
-source = sources.hub(f'{args.source}/{FILES.get(args.name, f"data/{args.name}")}/*.parquet',
+place = args.source if '://' in args.source else glob.escape(args.source)
+source = sources.hub(f'{place}/{FILES.get(args.name, f"data/{args.name}")}/*.parquet',
                      name=f'FineWeb-Edu {args.name}')
 corpus.prepare(here, source, corpus.named_tokenizer(args.tokenizer, source), corpus.FirstTokens(args.val_tokens),
                args.tokens, args.shard_tokens, args.seed, args.restart, expected=TOKENS.get(args.name))

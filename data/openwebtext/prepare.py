@@ -6,6 +6,7 @@ OpenWebText, an open copy of what GPT-2 was trained on, streamed from Hugging Fa
 Stopped at any moment, the same command goes on. The first documents are for validation, whatever --tokens is.
 """
 
+import glob
 import os
 import sys
 
@@ -22,6 +23,7 @@ parser.add_argument('--val_tokens', type=corpus.count, default=5_000_000, help='
 parser.add_argument('--source', default='hf://datasets/Skylion007/openwebtext',
                     help='a folder with a copy of the dataset (the hub)')
 args = parser.parse_args()
-source = sources.hub(f'{args.source}/plain_text/*.parquet', name='OpenWebText')
+place = args.source if '://' in args.source else glob.escape(args.source)
+source = sources.hub(f'{place}/plain_text/*.parquet', name='OpenWebText')
 corpus.prepare(here, source, corpus.named_tokenizer(args.tokenizer, source), corpus.FirstTokens(args.val_tokens),
                args.tokens, args.shard_tokens, args.seed, args.restart, expected=9e9)
