@@ -163,6 +163,7 @@ class Shards:
         """written: tokens that are there; what lies beyond will be written again. alone: there will be one file."""
         self.folder, self.split, self.dtype, self.size, self.written = folder, split, dtype, size, written
         self.alone, self.file, self.full, self.finished = alone, None, [], False
+        self.before = sum(map(os.path.getsize, paths_of(folder, split))) // dtype.itemsize  # published earlier
         number, begun = divmod(written, size)
         for i in range(number):
             self._check(self._path(i), size)
@@ -215,7 +216,7 @@ class Shards:
 
     def published(self):
         """Tokens in the files that are published."""
-        return self.written - (0 if self.finished else self.written % self.size)
+        return self.written if self.finished else max(self.before, self.written - self.written % self.size)
 
     def finish(self, exhausted):
         """exhausted: there will be no more tokens."""

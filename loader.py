@@ -39,10 +39,13 @@ class Tokens:
                 raise InputError(f'{path} has {size} bytes, not a multiple of {self.dtype.itemsize} ({meta["dtype"]}): '
                                  f'it is cut off or of another type; prepare the data again')
             self.lengths.append(size // self.dtype.itemsize)
-        totals, expected = [*itertools.accumulate(self.lengths)], meta.get('tokens', {}).get(split)
-        if expected in totals:  # a preparation that goes on may have finished more files since
-            del self.lengths[totals.index(expected) + 1:], paths[len(self.lengths):]
-        total = sum(self.lengths)
+        total, expected = sum(self.lengths), meta.get('tokens', {}).get(split)
+        if expected and total > expected and os.path.exists(os.path.join(data_dir, 'progress.json')):
+            total = expected  # a preparation that goes on has added some since
+            starts = [0, *itertools.accumulate(self.lengths[:-1])]
+            self.lengths = [min(n, total - start) for n, start in zip(self.lengths, starts, strict=True)
+                            if start < total]
+            del paths[len(self.lengths):]
         if expected is not None and total != expected:
             raise InputError(f'{data_dir}: {split} has {total:,} tokens but meta.json says {expected:,}: run the same '
                              f'preparation again, which goes on if it was stopped')

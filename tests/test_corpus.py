@@ -204,6 +204,17 @@ def test_a_training_run_beside_a_preparation_that_goes_on(folder):
         assert all(torch.equal(x, batches.get(step, 0, CPU)[0]) for step, x in zip(steps, before, strict=True))
 
 
+@pytest.mark.parametrize('n', range(1, 40, 3))
+def test_what_was_finished_can_be_trained_on_while_more_is_added(folder, monkeypatch, n):
+    prepare(tokens=1500)
+    with monkeypatch.context() as patch:
+        gone = crash_at(n, patch, (os, 'fsync'), (os, 'replace'), (os, 'remove'), (corpus, '_encode'))
+        with pytest.raises(gone):
+            prepare(tokens=20000)
+    assert Tokens('data', 'train', tokenizer.read_meta('data'), 16).n_tokens >= 1500
+    assert Tokens('data', 'val', tokenizer.read_meta('data'), 16).n_tokens == 500
+
+
 def test_documents_of_the_validation_are_not_trained_on(folder):
     for i in range(3):  # every document twice, in other files
         parquet(folder / 'src' / f'{i}.parquet', DOCUMENTS[i * 100:i * 100 + 100] + DOCUMENTS[:300 - i * 100])

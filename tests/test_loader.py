@@ -73,10 +73,15 @@ def test_every_window_once_over_shards_and_processes(tmp_path, processes):
 
 
 def test_files_that_meta_json_does_not_count_yet(tmp_path):
+    with pytest.raises(InputError, match='140 tokens but meta.json says 100'):
+        tokens(tmp_path, [50, 50, 40], block_size=10, tokens={'train': 100})
+    (tmp_path / 'progress.json').write_text('{}')
     t = tokens(tmp_path, [50, 50, 40], block_size=10, tokens={'train': 100})
     assert t.n_tokens == 100 and len(t.paths) == 2 and t.n_windows == 8
-    with pytest.raises(InputError, match='140 tokens but meta.json says 90'):
-        tokens(tmp_path, [50, 50, 40], block_size=10, tokens={'train': 90})
+    t = tokens(tmp_path, [50, 50, 40], block_size=10, tokens={'train': 75})
+    assert t.lengths == [50, 25] and t.n_windows == 5
+    with pytest.raises(InputError, match='140 tokens but meta.json says 150'):
+        tokens(tmp_path, [50, 50, 40], block_size=10, tokens={'train': 150})
 
 
 def test_batches_asked_for_in_any_order(tmp_path):
