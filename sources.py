@@ -225,7 +225,7 @@ class Source:
                         yield document
                     break
                 except NetworkError as e:
-                    wait(e, failures, self.name)
+                    wait(e, failures, self.name, PAUSES)
                     within, failures = reader.position, failures + 1
             self.position, within = (number + 1, None), None
 
@@ -267,13 +267,13 @@ def _line(error):
     return ' '.join(str(error).split())[:120]
 
 
-def wait(error, failures, what):
-    """A pause after so many failures before this one, or after the last of them InputError."""
+def wait(error, failures, what, pauses):
+    """The pause after so many failures before this one, or after the last of them InputError."""
     said = f'{what} cannot be reached ({error})'
-    if failures == len(PAUSES):
+    if failures == len(pauses):
         raise InputError(f'{said}: check the network and run the same command again, which goes on from here') from None
-    print(f'{said}; trying again in {PAUSES[failures]} s', flush=True)
-    time.sleep(PAUSES[failures])
+    print(f'{said}; trying again in {pauses[failures]} s', flush=True)
+    time.sleep(pauses[failures])
 
 
 def hub(path, config=None, field='text', name=None):
@@ -291,7 +291,7 @@ def hub(path, config=None, field='text', name=None):
         except (FileNotFoundError, ValueError, RuntimeError) as e:  # not there, no such config, a script for data
             raise InputError(f'{what} cannot be read: {_line(e)}') from None
         except Exception as e:
-            wait(f'{type(e).__name__}: {_line(e)}', failures, what)
+            wait(f'{type(e).__name__}: {_line(e)}', failures, what, PAUSES[:2])  # nothing has been begun
     files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
     if not files.get('train'):
         others = ', '.join(files.keys() - {'train'})
