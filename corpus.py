@@ -379,7 +379,7 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
     ahead = collections.deque()  # blocks that are being encoded, while the next is read
     full = False
 
-    def write():
+    def write_block():
         encoded, position = ahead.popleft()
         finished = writer.splits['train'].published()
         for documents in encoded:
@@ -400,10 +400,10 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
             ahead.append(([pool.submit(_encode, group, tokenizer, split, writer.dtype) for group in _tasks(block)],
                           position))
             number += 1
-            if len(ahead) > 1 and (full := write()):
+            if len(ahead) > 1 and (full := write_block()):
                 break
         while ahead and not full:
-            full = write()
+            full = write_block()
         empty = [name for name, files in writer.splits.items() if not files.written]
         if empty:
             raise InputError(f'{source.name} has no text for {" and ".join(empty)}: give more, or another '
