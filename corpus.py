@@ -37,7 +37,7 @@ SHARD = 100_000_000  # tokens
 
 # which documents are for validation
 
-# tokens: of val, beyond which it has none; 0: as many as fall to it
+# tokens: of val, beyond which it has none; 0: as many as fall to it. whole(n): tokens of both, when train has n
 
 class FirstTokens:
     """So many tokens at the beginning; a later document that is the same as one of theirs is left out."""
@@ -49,6 +49,9 @@ class FirstTokens:
     def divide(self, text):
         return [('first', text)]
 
+    def whole(self, n):
+        return n + self.tokens
+
 
 class SomeDocuments:
     """A share of the documents, drawn by their text, so that the same text is always in the same split."""
@@ -57,16 +60,16 @@ class SomeDocuments:
     def __init__(self, share):
         self.share = share
 
+    def whole(self, n):
+        return round(n / (1 - self.share))
+
     def divide(self, text):
         return [('val' if _digest(text) < self.share * 2 ** 64 else 'train', text)]
 
 
-class Endings:
+class Endings(SomeDocuments):
     """The last part of each document: of few, long ones."""
-    option, shuffle, tokens = '--val', False, 0
-
-    def __init__(self, share):
-        self.share = share
+    shuffle = False
 
     def divide(self, text):
         end = int(len(text) * (1 - self.share))
@@ -365,7 +368,7 @@ def _prepare(folder, source, tokenizer, split, tokens, shard, seed, restart, exp
         return
     # text has a token per byte, or with a BPE one in four
     of_bytes = source.n_bytes() and source.n_bytes() / (1 if isinstance(tokenizer, Bytes | Chars) else 4)
-    expected = min((n for n in (tokens and tokens + split.tokens, expected, of_bytes) if n), default=None)
+    expected = min((n for n in (tokens and split.whole(tokens), expected, of_bytes) if n), default=None)
     needed = ((expected or 0) - sum(progress['tokens'].values())) * dtype_of(tokenizer).itemsize
     if needed > (free := shutil.disk_usage(folder).free):
         raise InputError(f'{folder} needs {needed / 1e6:,.0f} MB more, but the disk has {free / 1e6:,.0f}: make room, '
