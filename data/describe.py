@@ -33,10 +33,13 @@ if not os.path.isdir(args.folder):
 splits = {split: paths_of(args.folder, split) for split in ('train', 'val')}
 progress = os.path.join(args.folder, 'progress.json')
 if os.path.exists(progress):
-    with open(progress, encoding='utf-8') as f:
-        progress = json.load(f)
-    if 'done' not in progress:
-        print(f'its preparation is not finished: {sum(progress["tokens"].values()):,} tokens so far')
+    try:
+        with open(progress, encoding='utf-8') as f:
+            saved = json.load(f)
+        if 'done' not in saved:
+            print(f'its preparation is not finished: {sum(saved["tokens"].values()):,} tokens so far')
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f'{progress} is damaged: prepare the data anew, with --restart') from None
 elif not any(splits.values()):
     raise InputError(f'{args.folder} has no token files: prepare them first')
 
@@ -112,7 +115,7 @@ for split, paths in reversed(splits.items()):
         total = sum(tokens.values())
     if size and eot is None:
         print('  the tokenizer has no end of text: where documents end is not known')
-    elif size:
+    elif size and n:
         print(f'  {n:,} document{"s" if n > 1 else ""}, {total / n:,.0f} tokens in the mean; by length:')
         for most in (*LENGTHS, None):
             if counts[most]:

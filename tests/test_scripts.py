@@ -180,10 +180,17 @@ def test_installed_code(project, monkeypatch):
     assert f'meta.json says {n + len(splits["train"]) - 1 - len(again):+,} tokens' in out
     np.full(5, 300, '<u2').tofile('data/pycode/val.bin')
     assert '5 TOKENS ARE BEYOND THE VOCABULARY' in describe()
+    np.zeros(5, '<u2').tofile('data/pycode/val.bin')  # ends of documents alone
+    assert 'val: 5 tokens' in describe()
     os.remove('data/pycode/val.bin')
     assert 'val: no files' in describe()
-    ran = project.run(str(project.folder / 'data/describe.py'), 'nothere')
-    assert ran.returncode == 2 and 'there is no folder nothere' in ran.stderr
+    (project.folder / 'data/pycode/progress.json').write_text('{"tokens": {"train": 7}}')
+    assert 'its preparation is not finished: 7 tokens so far' in describe()
+    (project.folder / 'data/pycode/progress.json').write_text('{')
+    for folder, message in (('nothere', 'there is no folder nothere'), ('pkg', 'pkg has no token files'),
+                            ('data/pycode', 'progress.json is damaged')):
+        ran = project.run(str(project.folder / 'data/describe.py'), folder)
+        assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 
 
 def test_quickstart_prepares_its_data_and_prints_a_sample(project):
