@@ -1,8 +1,8 @@
-# A GPT of GPT-2's size (12 layers, 768 wide) on FineWeb-Edu, in micro-batches for a card of 12 GB, by the modern
-# recipe: rotary positions, QK-norm, ReLU squared, heads of 128, an untied head, Muon, and a constant rate that then
-# falls to zero. Rates and steps are after modded-nanogpt's train_gpt_simple.py, a model of nearly these parts, which
-# reaches 3.28 on FineWeb in 3250 to 3375 steps of 524,288 tokens. For a shorter run set max_iters, or train_minutes:
-# the schedule follows.
+# A GPT of GPT-2's size (12 layers, 768 wide: 124M weights that are multiplied, and an embedding table of 39M) on
+# FineWeb-Edu, in micro-batches for a card of 12 GB, by the modern recipe: rotary positions, QK-norm, ReLU squared,
+# heads of 128, an untied head, Muon, and a constant rate that then falls to zero. Rates and steps are after modded-
+# nanogpt's train_gpt_simple.py, a model of nearly these parts, which reaches 3.28 on FineWeb in 3250 to 3375 steps of
+# 524,288 tokens. For a shorter run set max_iters, or train_minutes: the schedule follows.
 #
 #   python data/fineweb_edu/prepare.py --tokens=2B
 #   python train.py config/train_fineweb_124m.py
