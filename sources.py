@@ -174,6 +174,13 @@ def quiet_datasets():
 
 
 READERS = {'.jsonl': JsonLines, '.ndjson': JsonLines, '.json': JsonLines, '.parquet': Rows}  # of others: TextFile
+IN_FOLDERS = ('.txt', '.md', '.jsonl', '.ndjson', '.parquet')  # what is read of a folder; others are named by a pattern
+
+
+def _kind(path):
+    """The suffix that says what a file holds: .txt of a.TXT.gz."""
+    stem, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
 
 
 class Source:
@@ -187,7 +194,6 @@ class Source:
         """files: paths or URLs; reader: of all of them (None: by the file's name); name: what it is, for meta.json."""
         self.files, self.field, self.reader = files, field, reader
         self.name = name or _written(', '.join(files[:3]) + (f' and {len(files) - 3:,} more' if len(files) > 3 else ''))
-
         self.remote = any('://' in path for path in files)
 
     def again(self):
@@ -215,10 +221,9 @@ class Source:
         first, within = self.position
         for number in range(first, len(self.files)):
             path, failures = self.files[number], 0
-            suffix = os.path.splitext(re.sub(r'\.(gz|zst|bz2)$', '', path.lower()))[1]
-            kind = self.reader or READERS.get(suffix, TextFile)
+            open_reader = self.reader or READERS.get(_kind(path), TextFile)
             while True:
-                reader = kind(path, self.field, within)
+                reader = open_reader(path, self.field, within)
                 try:
                     for document in _told(reader, path):
                         self.position, failures = (number, reader), 0
@@ -343,7 +348,7 @@ def _texts_in(folder):
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith('.')]
         for name in files:
-            if re.search(r'\.(txt|md|jsonl|ndjson|parquet)(\.gz|\.zst|\.bz2)?$', name.lower()) and name[0] != '.':
+            if _kind(name) in IN_FOLDERS and name[0] != '.':
                 found.append(os.path.join(place, name))
             elif name[0] != '.':
                 others += 1

@@ -138,10 +138,9 @@ def read_batches(folder, batch_size, block_size, step_ms, n, n_steps):
     Prints the median ms of a batch read at once after another, of the wait for one when a step lies between them, and
     by how much n of them let the process grow.
     """
-    import resource
-
     import torch
 
+    import hardware
     from loader import Tokens, TrainBatches
     from tokenizer import read_meta
     tokens = Tokens(folder, 'train', read_meta(folder), block_size)
@@ -156,13 +155,12 @@ def read_batches(folder, batch_size, block_size, step_ms, n, n_steps):
             time.sleep(between)
         return float(np.median(times))
 
-    def memory():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     waited_ms = read(range(n_steps), step_ms / 1e3)
-    before = memory()
+    before = hardware.peak_memory_gb(device)
     ms = read(range(n_steps, n_steps + n), 0)
     print(json.dumps({'ms': ms, 'waited_ms': waited_ms, 'batch_size': batch_size, 'block_size': block_size,
-                      'files': len(tokens.paths), 'epochs': batches.epoch(n), 'grown': memory() - before}))
+                      'files': len(tokens.paths), 'epochs': batches.epoch(n),
+                      'grown': 1e9 * (hardware.peak_memory_gb(device) - before)}))
 
 
 def masked_steps(size, batches, pairs):
