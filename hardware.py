@@ -6,6 +6,8 @@ rate that a large matmul is measured to reach.
 
 import contextlib
 import ctypes
+import math
+import os
 import platform
 import re
 import sys
@@ -13,9 +15,11 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurator import InputError
 
+GPU_ATTENTION = {'cudnn': SDPBackend.CUDNN_ATTENTION, 'flash': SDPBackend.FLASH_ATTENTION}
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Dense peaks in TFLOP/s from the vendors' datasheets: (float32, TF32, bfloat16, float16), None where the hardware has
@@ -165,16 +169,30 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=DTYPES[dtype])
 
 
-def find_attn_backend(name, device, dtype, block_size):
+def find_attn_backend(name, device, dtype, block_size, shape=None):
     """
-    'sdpa' or 'math' for 'auto': on a CPU two plain matmuls and a softmax beat torch's flash kernel, whose small inner
-    products run at a fraction of the matmul rate, until the (T, T) scores cost more (T=1024, in float32 T=512).
+    (a backend, why) for 'auto', or for a name that is checked. On a CPU two plain matmuls and a softmax beat torch's
+    flash kernel, whose small inner products run at a fraction of the matmul rate, until the (T, T) scores cost more
+    (T=1024, in float32 T=512). On a GPU, in 16 bits, the fastest forward and backward with a `shape` of (B, H, T, hd);
+    without one torch chooses. Raises InputError.
     """
-    if name not in ('auto', 'sdpa', 'math'):
-        raise InputError(f'attn_backend={name!r} is not known: use auto, sdpa or math')
-    if name == 'auto':
-        return 'math' if device.type == 'cpu' and block_size <= (512 if dtype == 'float32' else 1024) else 'sdpa'
-    return name
+    if name not in ('auto', 'sdpa', 'math', *GPU_ATTENTION):
+        raise InputError(f'attn_backend={name!r} is not known: use auto, sdpa, math, {" or ".join(GPU_ATTENTION)}')
+    if name in GPU_ATTENTION and (device.type != 'cuda' or dtype == 'float32'):
+        raise InputError(f'attn_backend={name} is for a GPU, in bfloat16 or float16: use auto')
+    if name != 'auto':
+        return name, 'as asked'
+    if device.type == 'cpu':
+        return ('math' if block_size <= (512 if dtype == 'float32' else 1024) else 'sdpa'), 'by length'
+    if device.type != 'cuda' or dtype == 'float32' or shape is None:
+        return 'sdpa', "torch's choice"
+    found = {}
+    for kernel in GPU_ATTENTION:
+        with contextlib.suppress(RuntimeError):  # not on this GPU, or not for this shape
+            found[kernel] = _attention_seconds(kernel, device, DTYPES[dtype], shape)
+    if not found:
+        return 'sdpa', "torch's choice"
+    return min(found, key=found.get), ', '.join(f'{kernel} {1000 * s:.2f} ms' for kernel, s in found.items())
 
 
 def can_compile(device):
@@ -238,19 +256,6 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-@contextlib.contextmanager
-def memory_advice(batch_size, accumulation):
-    """Turns running out of a GPU's memory into an InputError that names the same step in smaller pieces."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        smaller = max((n for n in range(1, batch_size) if batch_size % n == 0), default=None)
-        advice = (f'the same step in smaller pieces is --batch_size={smaller} '
-                  f'--gradient_accumulation_steps={accumulation * batch_size // smaller}' if smaller else
-                  'choose a smaller block_size or model')
-        raise InputError(f'out of GPU memory with batch_size={batch_size}: {advice}') from None
-
-
 class StepClock:
     """Seconds that a device spends in training steps; it stands still while the run evaluates and saves."""
 
@@ -288,6 +293,23 @@ def duration(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{seconds:02d}s' if minutes else f'{seconds}s'
+
+
+def memory_limit(device, gigabytes=0.0):
+    """
+    Bytes that this process may take of a GPU: what is free, or, from now on, `gigabytes` at most. Of a CPU, 9/10 of all
+    that the machine has.
+    """
+    if device.type == 'cuda':
+        free, there_is = torch.cuda.mem_get_info(device)
+        if gigabytes:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / there_is), device)
+        there_is = free + torch.cuda.memory_reserved(device)
+    elif hasattr(os, 'sysconf'):
+        there_is = 0.9 * os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    else:
+        there_is = math.inf
+    return min(there_is, gigabytes * 1e9 or math.inf)
 
 
 def peak_memory_gb(device):
@@ -328,6 +350,17 @@ def _linear_seconds(dtype, rows, n_in, n_out):
         y = F.linear(x.to(dtype), w.to(dtype))  # the casts are part of the price
         y.backward(y.detach())
     return shortest_seconds(run, torch.device('cpu'))
+
+
+def _attention_seconds(kernel, device, dtype, shape):
+    """Raises RuntimeError where torch has it not."""
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+
+    def run():
+        with sdpa_kernel(GPU_ATTENTION[kernel]):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(y, (q, k, v), y.detach())
+    return shortest_seconds(run, device, budget=0.1)
 
 
 def _random_matrix(n, device, dtype):

@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import checkpoint
+import hardware
 import hf_files
 import tokenizer
 from configurator import InputError
@@ -142,7 +145,18 @@ def math_attention(q, k, v, dropout, mask=None):
     return (weights @ v).view(B, H, T, hd)
 
 
-ATTENTION = {'sdpa': sdpa, 'math': math_attention}
+def _by(kernel):
+    # a mask, or a shape that the kernel does not take, goes to the next
+    order = [kernel, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def attention(q, k, v, dropout, mask=None):
+        with sdpa_kernel(order, set_priority=True):
+            return sdpa(q, k, v, dropout, mask)
+    return attention
+
+
+ATTENTION = {'sdpa': sdpa, 'math': math_attention} | {
+    name: _by(kernel) for name, kernel in hardware.GPU_ATTENTION.items()}
 
 
 class rms_norm(torch.autograd.Function):
@@ -309,7 +323,30 @@ class CheckpointedBlock(Block):
     def forward(self, x, context):
         if not torch.is_grad_enabled():
             return super().forward(x, context)
-        return torch.utils.checkpoint.checkpoint(super().forward, x, context, use_reentrant=False)
+        return checkpointed(super().forward, x, context, use_reentrant=False)
+
+
+class SelectivelyCheckpointedBlock(Block):
+    """A Block that keeps the products of matmuls and attention for backward, and computes what lies between again."""
+
+    def forward(self, x, context):
+        if not torch.is_grad_enabled():
+            return super().forward(x, context)
+        return checkpointed(super().forward, x, context, use_reentrant=False, context_fn=_keep_products)
+
+
+def _keep_products():
+    return create_selective_checkpoint_contexts(
+        lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if op in PRODUCTS
+        else CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._int_mm.default,
+            aten._scaled_mm.default, aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default}
+CHECKPOINTED = {True: CheckpointedBlock, 'selective': SelectivelyCheckpointedBlock}
 
 
 class _Undrawn(TorchFunctionMode):
@@ -333,6 +370,7 @@ class GPT(nn.Module):
         if config.smear:
             stem['smear'] = Smear(config)
         self.stem = list(stem)
+        self.loss_of_chunk = loss_of_chunk
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **stem,
@@ -366,15 +404,36 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
+    def compile(self, mode=None, **options):
+        """
+        torch.compile with its options. A loss in chunks is compiled chunk by chunk: in one graph with the rest their
+        matmuls would be put together, and all logits exist at once. Every size of batch gets kernels of its own.
+        """
+        options = {'dynamic': False} | options
+        if self.config.loss_chunk == 0:
+            self.loss = torch.compile(self.loss, mode=mode, **options)
+        else:
+            self.hidden = torch.compile(self.hidden, mode=mode, **options)
+            self.loss_of_chunk = torch.compile(loss_of_chunk, **options)
+
+    def undo_compile(self):
+        """For generation, whose every step has another shape."""
+        self.__dict__.pop('loss', None)
+        self.__dict__.pop('hidden', None)
+        self.loss_of_chunk = loss_of_chunk
+
     def use_attention(self, backend):
         """'sdpa' or 'math': the same values by another kernel."""
         for block in self.transformer.h:
             block.attn.attend = ATTENTION[backend]
 
-    def checkpoint_activations(self):
-        """From now on each block keeps only its input for backward: less memory, a third more FLOPs."""
+    def checkpoint_activations(self, how):
+        """
+        From now on each block keeps less for backward. True: only its input, and a third more FLOPs. 'selective': also
+        the products of its matmuls and attention.
+        """
         for block in self.transformer.h:
-            block.__class__ = CheckpointedBlock
+            block.__class__ = CHECKPOINTED[how]
 
     def within_documents(self, eot):
         """
@@ -403,6 +462,8 @@ class GPT(nn.Module):
         for part in self.stem:
             x = self.transformer[part](x, context)
         x = self.transformer.drop(x)
+        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream, as in llm.c; float16's range is too small for it
         for i, block in enumerate(self.transformer.h):
             x = block(x, context.layer(i))
         return self.transformer.ln_f(x)
@@ -416,7 +477,8 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        return ChunkedCrossEntropy.apply(x, weight, targets, self.config.loss_chunk, torch.is_grad_enabled())
+        return ChunkedCrossEntropy.apply(x, weight, targets, self.config.loss_chunk, self.loss_of_chunk,
+                                         torch.is_grad_enabled())
 
     def forward(self, idx, targets=None):
         """
@@ -605,32 +667,23 @@ class KVCache(Context):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    Mean cross-entropy of x @ weight.T, `chunk` rows at a time: (chunk, V) logits exist in float32, never (N, V).
+    Mean cross-entropy of x @ weight.T, `chunk` rows at a time: logits of a chunk exist, never (N, V).
 
     The gradients are computed in the forward, while the chunk's logits are there; backward only scales them. The idea
     is Liger-Kernel's (https://arxiv.org/abs/2410.10989). x: (N, d), weight: (V, d), both in the matmul's dtype;
-    targets: (N,), -1 is ignored.
+    targets: (N,), -1 is ignored; piece: loss_of_chunk, or the same compiled.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk, with_grad):
+    def forward(ctx, x, weight, targets, chunk, piece, with_grad):
         need_x, need_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         count = (targets != -1).sum().clamp(min=1)
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, x.size(0), chunk):
-            rows, target = x[start:start + chunk], targets[start:start + chunk, None]
-            kept, target = target != -1, target.clamp(min=0)
-            logp = F.log_softmax(rows @ weight.mT, dim=-1, dtype=torch.float32)  # (chunk, V)
-            loss = loss - (logp.gather(1, target) * kept).sum()
-            if need_x or need_weight:
-                # d loss / d logits, of kept rows and before the division by count: at most 1, which suits float16
-                dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype)).to(x.dtype)
-            if need_x:
-                dx[start:start + chunk] = dlogits @ weight * kept
-            if need_weight:
-                dweight += dlogits.mT @ (rows * kept)
+            rows = slice(start, start + chunk)  # all of one size, if it divides: each size is compiled
+            loss = loss + piece(x[rows], weight, targets[rows, None], dx[rows] if need_x else None, dweight)
         ctx.save_for_backward(dx, dweight, count)
         ctx.dtype = weight.dtype
         return loss / count
@@ -640,4 +693,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dx, dweight, count = ctx.saved_tensors
         grad = grad / count
         return (None if dx is None else dx * grad,
-                None if dweight is None else (dweight * grad).to(ctx.dtype), None, None, None)
+                None if dweight is None else (dweight * grad).to(ctx.dtype), None, None, None, None)
+
+
+def loss_of_chunk(x, weight, targets, dx, dweight):
+    """
+    Sum of the cross-entropies of x, (n, d), against targets, (n, 1). Writes its gradient by x to dx and adds that by
+    weight to dweight, unless they are None.
+    """
+    kept, targets = targets != -1, targets.clamp(min=0)
+    logp = F.log_softmax(x @ weight.mT, dim=-1, dtype=torch.float32)  # (n, V)
+    loss = -(logp.gather(1, targets) * kept).sum()
+    if dx is not None or dweight is not None:
+        # d loss / d logits, of kept rows and before the division by their number: at most 1, which suits float16
+        dlogits = minus_one_hot(logp.exp_(), targets).to(x.dtype)
+        if dx is not None:
+            dx.copy_(dlogits @ weight * kept)
+        if dweight is not None:
+            dweight += dlogits.mT @ (x * kept)
+    return loss
+
+
+def minus_one_hot(p, targets):
+    """p, (n, V), less 1 at each row's target, (n, 1). May overwrite p."""
+    if torch.compiler.is_compiling():  # a comparison is fused with what is around it; a scatter needs p in memory
+        return torch.where(torch.arange(p.size(1), device=p.device) == targets, p - 1, p)
+    return p.scatter_add_(1, targets, -torch.ones_like(targets, dtype=p.dtype))

@@ -4,13 +4,16 @@ The optimizers, their parameter groups, and the learning-rate schedules.
 A parameter group keeps the highest learning rate it is given as `peak_lr`; set_rates() makes each step's of it.
 """
 
+import functools
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.optim.adamw import adamw as adamw_update
 
-from formats import to_bfloat16_stochastically
+from formats import E4M3, to_bfloat16_stochastically
 
 # Polar Express (https://arxiv.org/abs/2505.16932): x -> a x + b x^3 + c x^5, with the (a, b, c) of the first, the
 # second, ... iteration, brings singular values between 0.001 and 1 as close to 1 as so many iterations can.
@@ -25,13 +28,78 @@ POLAR_EXPRESS = [
 EARLY_MOMENTUM = 0.85  # Muon's, in the first step
 
 
-def adamw(model, learning_rate, weight_decay, betas, faster=(), ratio=1.0):
+class Moments:
+    """How an optimizer keeps its moments from one step to the next: in float32, beside the weights."""
+
+    def new(self, p):
+        """Zeros, kept, for a parameter."""
+        return torch.zeros_like(p, dtype=torch.float32)
+
+    def read(self, kept, p):
+        return kept
+
+    def write(self, kept, value):
+        pass  # it is the tensor that was read, and is updated in place
+
+
+class MomentsOnCPU(Moments):
+    """In the CPU's memory, from and to which they are copied in each step."""
+
+    def new(self, p):
+        return torch.zeros(p.shape, dtype=torch.float32, device='cpu', pin_memory=p.device.type == 'cuda')
+
+    def read(self, kept, p):
+        return kept.to(p.device, non_blocking=True, copy=True)
+
+    def write(self, kept, value):
+        kept.copy_(value, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class MomentsIn8Bits(Moments):
+    """
+    In E4M3, with a float32 scale for each block of 256 (8-bit optimizers: https://arxiv.org/abs/2110.02861), rounded
+    stochastically, so that a mean can follow small changes. Kept as bytes: the elements, then the scales.
+    """
+    power: int  # a second moment is kept as its root, which spans half of the exponents
+    block = 256
+
+    def new(self, p):
+        blocks = -(-p.numel() // self.block)
+        return torch.zeros(blocks * (self.block + 4), dtype=torch.uint8, device=p.device)
+
+    def _parts(self, kept):
+        elements = kept.numel() // (self.block + 4) * self.block
+        return kept[:elements].view(E4M3.dtype).view(-1, self.block), kept[elements:].view(torch.float32)[:, None]
+
+    def read(self, kept, p):
+        elements, scales = self._parts(kept)
+        return (elements.float() * scales).pow(self.power).flatten()[:p.numel()].view(p.shape)
+
+    def write(self, kept, value):
+        elements, scales = self._parts(kept)
+        x = value.flatten().pow(1 / self.power) if self.power > 1 else value.flatten()
+        x = F.pad(x, (0, elements.numel() - x.numel())).view_as(elements)
+        scales.copy_(x.abs().amax(1, keepdim=True).clamp(min=1e-30) / E4M3.max)
+        x = E4M3.round(x / scales, torch.rand_like(x))
+        if self.power > 1:  # an update is divided by it
+            x = x.clamp(min=2.0 ** (E4M3.min_exponent - E4M3.mantissa))
+        elements.copy_(x)
+
+
+MOMENTS = {  # train.py's optimizer_state -> how first and second moments are kept
+    'float32': (Moments(), Moments()), '8bit': (MomentsIn8Bits(1), MomentsIn8Bits(2)),
+    'cpu': (MomentsOnCPU(), MomentsOnCPU())}
+
+
+def adamw(model, learning_rate, weight_decay, betas, faster=(), ratio=1.0, keep='float32'):
     """
     AdamW, one fused kernel per step where the device has it. Matrices and embeddings decay, vectors do not. `faster`
-    matrices learn at `ratio` times the rate.
+    matrices learn at `ratio` times the rate. keep: a name in MOMENTS.
     """
     trained = [p for p in model.parameters() if p.requires_grad]  # in the order of nanoGPT's checkpoints
-    cls = torch.optim.AdamW if all(p.dtype == torch.float32 for p in trained) else RoundingAdamW
+    plain = keep == 'float32' and all(p.dtype == torch.float32 for p in trained)
+    cls = torch.optim.AdamW if plain else functools.partial(AdamW, keep)
     apart = {id(p) for p in faster}
     return cls([
         {'params': [p for p in trained if p.dim() >= 2 and id(p) not in apart], 'peak_lr': learning_rate,
@@ -42,10 +110,10 @@ def adamw(model, learning_rate, weight_decay, betas, faster=(), ratio=1.0):
 
 
 def muon(model, learning_rate, weight_decay, betas, muon_lr, embd_lr=None, head_lr=None, momentum=0.95,
-         momentum_warmup=300, iterations=5, dtype=torch.float32):
+         momentum_warmup=300, iterations=5, dtype=torch.float32, keep='float32'):
     """
     Muon, with muon_lr and weight_decay, for the blocks' matrices; AdamW without decay for the embedding tables
-    (embd_lr), an untied head (head_lr) and what else there is; None is learning_rate.
+    (embd_lr), an untied head (head_lr) and what else there is; None is learning_rate. keep: a name in MOMENTS.
     """
     groups = {'matrices': {}, 'tables': {}, 'head': {}, 'vectors': {}}
     for name, p in model.named_parameters():
@@ -63,39 +131,47 @@ def muon(model, learning_rate, weight_decay, betas, muon_lr, embd_lr=None, head_
          # queries, keys and values are three matrices in one parameter
          'parts': [3 if name.endswith('c_attn.weight') else 1 for name in groups['matrices']]},
         *({'params': list(groups[kind].values()), 'peak_lr': learning_rate if lr is None else lr, **adam}
-          for kind, lr in rates.items())], iterations, dtype)
+          for kind, lr in rates.items())], iterations, dtype, keep)
 
 
 def _fused(model):
     return next(model.parameters()).device.type in ('cuda', 'cpu')
 
 
-class RoundingAdamW(torch.optim.AdamW):
-    """AdamW for weights in bfloat16: float32 moments, and updates that are rounded stochastically."""
+class AdamW(torch.optim.AdamW):
+    """AdamW whose moments are kept otherwise, and for weights in bfloat16: their updates are rounded stochastically."""
+
+    def __init__(self, keep, groups, **options):
+        super().__init__(groups, **options)
+        self.moments = MOMENTS[keep]
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            _adamw_step(group, self.state)
+            _adamw_step(group, self.state, self.moments)
 
 
-def _adamw_step(group, state):
+def _adamw_step(group, state, moments):
     params = [p for p in group['params'] if p.grad is not None]
+    first, second = moments
     for p in params:
         if not state[p]:
             state[p] |= {'step': torch.zeros((), device=p.device if group['fused'] else 'cpu'),
-                         'exp_avg': torch.zeros_like(p, dtype=torch.float32),
-                         'exp_avg_sq': torch.zeros_like(p, dtype=torch.float32)}
-    # a bfloat16 parameter by itself, for its float32 copy is not to exist beside those of others
-    batches = [[p for p in params if p.dtype == torch.float32], *([p] for p in params if p.dtype != torch.float32)]
+                         'exp_avg': first.new(p), 'exp_avg_sq': second.new(p)}
+    # by itself a parameter of which there are copies, for they are not to exist beside those of others
+    together = [p for p in params if p.dtype == torch.float32 and type(first) is Moments]
+    batches = [together, *([p] for p in params if p.dtype != torch.float32 or type(first) is not Moments)]
     beta1, beta2 = group['betas']
     for batch in filter(None, batches):
         weights, grads = [p.float() for p in batch], [p.grad.float() for p in batch]  # float32's own are not copied
-        of_state = {key: [state[p][key] for p in batch] for key in ('exp_avg', 'exp_avg_sq', 'step')}
-        adamw_update(weights, grads, of_state['exp_avg'], of_state['exp_avg_sq'], [], of_state['step'],
+        averages = [first.read(state[p]['exp_avg'], p) for p in batch]
+        squares = [second.read(state[p]['exp_avg_sq'], p) for p in batch]
+        adamw_update(weights, grads, averages, squares, [], [state[p]['step'] for p in batch],
                      fused=group['fused'], lr=group['lr'], beta1=beta1, beta2=beta2,
                      weight_decay=group['weight_decay'], eps=group['eps'], amsgrad=False, maximize=False)
-        for p, weight in zip(batch, weights, strict=True):
+        for p, weight, average, square in zip(batch, weights, averages, squares, strict=True):
+            first.write(state[p]['exp_avg'], average)
+            second.write(state[p]['exp_avg_sq'], square)
             if p.dtype != torch.float32:
                 p.copy_(to_bfloat16_stochastically(weight))
 
@@ -110,9 +186,9 @@ class Muon(torch.optim.Optimizer):
     near 1. dtype: that of the orthogonalisation.
     """
 
-    def __init__(self, groups, iterations, dtype):
+    def __init__(self, groups, iterations, dtype, keep):
         super().__init__(groups, {'lr': 0.0})
-        self.iterations, self.dtype = iterations, dtype
+        self.iterations, self.dtype, self.moments = iterations, dtype, MOMENTS[keep]
 
     @torch.no_grad()
     def step(self):
@@ -120,7 +196,7 @@ class Muon(torch.optim.Optimizer):
             if 'parts' in group:
                 self._muon(group)
             else:
-                _adamw_step(group, self.state)
+                _adamw_step(group, self.state, self.moments)
 
     def _muon(self, group):
         batches = defaultdict(list)  # shape -> (weight, update, learning rate) of its matrices, none of them tall
@@ -128,10 +204,12 @@ class Muon(torch.optim.Optimizer):
         for p, parts in zip(group['params'], group['parts'], strict=True):
             if p.grad is None:
                 continue
+            first, _ = self.moments
             if not self.state[p]:
-                self.state[p]['momentum'] = torch.zeros_like(p, dtype=torch.float32)
+                self.state[p]['momentum'] = first.new(p)
             grad = p.grad.float()
-            velocity = self.state[p]['momentum'].lerp_(grad, 1 - group['momentum'])
+            velocity = first.read(self.state[p]['momentum'], p).lerp_(grad, 1 - group['momentum'])
+            first.write(self.state[p]['momentum'], velocity)
             update = grad.lerp(velocity, group['momentum'])  # Nesterov's
             lr = group['lr'] * max(1, p.size(0) / parts / p.size(1)) ** 0.5
             for matrices in zip(p.chunk(parts), update.chunk(parts), strict=True):
@@ -189,16 +267,33 @@ def _by_small_side(device, dtype, rows, columns):
 
 
 def load_state(optimizer, state):
-    """Restore moments and step counts; the hyperparameters stay as they are now. `state` may come from nanoGPT."""
+    """
+    Restore moments and step counts; the hyperparameters stay as they are now, and so does how moments are kept. `state`
+    may come from nanoGPT.
+    """
     current = optimizer.state_dict()['param_groups']
     sizes = [[len(g['params']) for g in groups] for groups in (current, state['param_groups'])]
     if sizes[0] != sizes[1]:
         raise ValueError(f'groups of {sizes[1]} parameters, here they are {sizes[0]}')
-    optimizer.load_state_dict({'state': state['state'], 'param_groups': current})
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    for i, p in enumerate(params):  # torch has rounded the state of bfloat16 parameters
-        if p.dtype != torch.float32 and i in state['state']:
-            optimizer.state[p] = {key: value.to(p.device) for key, value in state['state'][i].items()}
+    moments = getattr(optimizer, 'moments', MOMENTS['float32'])
+    params = [(p, group.get('fused')) for group in optimizer.param_groups for p in group['params']]
+    for i, (p, fused) in enumerate(params):  # by hand, for torch would round and move all that it loads
+        if i in state['state']:
+            optimizer.state[p] = {
+                key: torch.as_tensor(saved, dtype=torch.float32, device=p.device if fused else 'cpu') if key == 'step'
+                else _kept_as(moments[key == 'exp_avg_sq'], MOMENTS['8bit'][key == 'exp_avg_sq'], saved, p)
+                for key, saved in state['state'][i].items()}
+
+
+def _kept_as(how, in_8_bits, saved, p):
+    """A moment in the way of `how`, from whatever it was saved as."""
+    kept = how.new(p)
+    if kept.dtype == saved.dtype:
+        return kept.copy_(saved)
+    if saved.dtype == torch.uint8:
+        return kept.copy_(in_8_bits.read(saved, p))
+    how.write(kept, saved.to(p.device, torch.float32))
+    return kept
 
 
 class Pruning:

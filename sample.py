@@ -91,7 +91,7 @@ decode_base(model)
 model.requires_grad_(True)  # autocast keeps what it has cast of such weights alone
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
-model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size))
+model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size)[0])
 if recipe == 'ternary':
     convert(model, recipe, dtype, model.config.block_size, saved['config']['matmul_keep_last'])
     packed, before = pack_ternary(model)

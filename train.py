@@ -6,6 +6,7 @@ Train or finetune a GPT on one GPU, on several, or on a CPU.
   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
 
+import gc
 import glob
 import math
 import os
@@ -29,6 +30,7 @@ from adapters import attach, hold_base, hold_linears_in, low_rank_Bs, training_b
 from configurator import InputError, configure, describe, inherit
 from loader import Tokens, TrainBatches, eval_batches
 from matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
+from memory import Forecast, divisors, fastest, out_of_memory_advice
 from model import ARCHITECTURES, GPT, GPTConfig
 from runlog import RunLog
 
@@ -51,7 +53,7 @@ wandb_run_name = 'gpt2'
 # data
 dataset: str | None = None  # the folder data/<dataset>; None: openwebtext if it is there, as in nanoGPT, else pystdlib
 prepare_data = False  # run data/<dataset>/prepare.py if its token files are missing
-batch_size = 12  # sequences in a micro-batch
+batch_size: int | str = 12  # sequences in a micro-batch; 'auto': the fastest that fits, of a step of total_batch_size
 block_size = 1024  # tokens in a sequence
 total_batch_size: int | None = None  # tokens in a step; gradient_accumulation_steps follows
 gradient_accumulation_steps: int | None = None  # micro-batches in a step, all processes together; None: from
@@ -138,9 +140,15 @@ reduced_precision_reduction = True  # on a GPU, 16-bit matmuls in several parts 
 allow_fp16_accumulation = False  # on a GPU, float16 matmuls add up in float16: fast on GeForce cards, but sums of
 # ... thousands lose digits, and beyond 65504 they overflow
 fp8_fast_accum = True  # on Hopper, fp8's forward matmuls add up in about 14 bits; the backward's never do
-checkpoint_activations = False  # keep only each block's input for the backward: less memory, a third more FLOPs
-attn_backend = 'auto'  # 'sdpa' (torch's fused kernels) or 'math' (matmul, softmax, matmul)
+checkpoint_activations: bool | str = False  # of the blocks, keep for the backward: True: only the input (a third more
+# ... FLOPs); 'selective': also what matmuls and attention make
+optimizer_state = 'float32'  # the optimizer's moments: '8bit' is a quarter of the memory; 'cpu': in the CPU's memory,
+# ... copied in each step
+memory_limit = 0.0  # GB of the GPU's memory that the run may take; 0: all that is free
+attn_backend = 'auto'  # 'sdpa' (torch's choice), 'cudnn', 'flash' or 'math' (matmul, softmax, matmul); 'auto': measured
 compile: bool | str = 'auto'  # torch.compile; 'auto': on a GPU where it works
+cuda_graphs = False  # on a GPU, compiled: replay each micro-step as CUDA graphs, which helps where kernels take longer
+# ... to launch than to run: models of a few million parameters
 peak_flops: float | None = None  # FLOP/s that MFU is measured against; None: the datasheet's, or measured
 backend: str | None = None  # torch.distributed's, with torchrun; None: nccl on GPUs, gloo on CPUs
 seed = 1337  # of initial weights, data order and dropout
@@ -176,17 +184,20 @@ if resuming:
 # values
 for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batch_size': 1, 'block_size': 1,
                    'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'train_minutes': 0,
-                   'learning_rate': 0, 'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0,
+                   'memory_limit': 0, 'learning_rate': 0, 'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0,
                    'momentum_warmup': 0, 'muon_iterations': 1, 'weight_decay': 0, 'beta1': 0, 'beta2': 0,
                    'grad_clip': 0, 'warmup_iters': 0, 'decay_part': 0, 'matmul_until': 0, 'prune': 0,
                    'prune_start': 0, 'adapter_r': 1, 'loraplus_lr_ratio': 0, 'num_virtual_tokens': 1,
                    'seed': 0}.items():
-    if config[key] is not None and config[key] < least:
+    if config[key] not in (None, 'auto') and config[key] < least:
         raise InputError(f'{key}={config[key]} must be at least {least}')
 for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd'),
-                   'weights_dtype': ('float32', 'bfloat16')}.items():
+                   'weights_dtype': ('float32', 'bfloat16'), 'checkpoint_activations': (False, True, 'selective'),
+                   'optimizer_state': tuple(optim.MOMENTS)}.items():
     if config[key] not in known:
-        raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(known)}')
+        raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(map(str, known))}')
+if isinstance(batch_size, str) and batch_size != 'auto':
+    raise InputError(f'batch_size={batch_size!r} must be a number, or auto')
 if muon_iterations > len(optim.POLAR_EXPRESS):
     raise InputError(f'muon_iterations={muon_iterations} must be at most {len(optim.POLAR_EXPRESS)}')
 for key in ('decay_part', 'matmul_until', 'prune_end'):
@@ -202,6 +213,8 @@ if adapter or adapter_from:
             (init_from == 'scratch', "init_from='scratch': an adapter needs a base; set init_from to a trained model"),
             (optimizer == 'muon', "optimizer='muon' is for the matrices of a base: use adamw with an adapter"),
             (prune, f'prune={prune}: with an adapter the weights are frozen; prune the base when it is trained'),
+            (checkpoint_activations == 'selective', "checkpoint_activations='selective': adapters change in place what "
+                                                    'it would keep; use True'),
             (weights_dtype != 'float32', f'weights_dtype={weights_dtype}: an adapter is in float32; use base_format'),
             (latent, f'matmul={matmul} rounds the weights in its forward, but with an adapter they stay as they are'),
             (matmul and base_format == 'nf4', f'matmul={matmul} with base_format=nf4, whose products are in dtype: '
@@ -229,13 +242,22 @@ if ddp and device.type == 'cuda':
     device = hardware.find_device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}')
 
 # the step: of total_batch_size and gradient_accumulation_steps the one that is set, or was set last, rules
-tokens_per_micro_batch = batch_size * block_size
 if total_batch_size is not None and gradient_accumulation_steps is not None:
     order = [key for key in given if key in ('total_batch_size', 'gradient_accumulation_steps')]
     if order[-1:] == ['gradient_accumulation_steps']:
         total_batch_size = config['total_batch_size'] = None
     else:
         gradient_accumulation_steps = config['gradient_accumulation_steps'] = None
+choose_batch_size = batch_size == 'auto'
+if choose_batch_size:
+    if total_batch_size is None:
+        raise InputError("batch_size=auto keeps the tokens of a step: give total_batch_size, not "
+                         "gradient_accumulation_steps")
+    if total_batch_size % (block_size * world_size):
+        raise InputError(f'total_batch_size={total_batch_size} tokens cannot be made of sequences of block_size='
+                         f'{block_size} in {world_size} processes: change one of them')
+    batch_size = 1  # until there is a model to try others
+tokens_per_micro_batch = batch_size * block_size
 if total_batch_size is not None:
     gradient_accumulation_steps, rest = divmod(total_batch_size, tokens_per_micro_batch)
     if rest or total_batch_size < 1:
@@ -257,11 +279,16 @@ if min_lr is None:
 # machine
 started = time.perf_counter()
 hardware.prepare(device, tf32, reduced_precision_reduction, allow_fp16_accumulation)
+if memory_limit and device.type != 'cuda':
+    raise InputError(f'memory_limit={memory_limit} is for a GPU, not for {device.type}: leave it out')
+memory_there = hardware.memory_limit(device, memory_limit)
 compile_reason = 'as asked'
 if compile == 'auto':
     compile, compile_reason = hardware.can_compile(device)
 elif isinstance(compile, str):
     raise InputError(f'compile={compile!r} must be auto, True or False')
+if cuda_graphs and not (compile and device.type == 'cuda'):
+    raise InputError('cuda_graphs needs a GPU and compile: leave it out')
 if ddp:
     backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
     dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device.type == 'cuda' else backend)
@@ -358,7 +385,9 @@ if weights_dtype != 'float32' and dtype != weights_dtype:
     raise InputError(f'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
 if base_format == 'bfloat16' and dtype != 'bfloat16':
     raise InputError(f'base_format=bfloat16 needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
-attn_backend = hardware.find_attn_backend(attn_backend, device, dtype, block_size)
+attn_backend, attn_reason = hardware.find_attn_backend(
+    attn_backend, device, dtype, block_size, None if document_mask else  # which no kernel has but torch's choice
+    (8, model.config.n_head, block_size, width // model.config.n_head))
 
 # a base, and an adapter beside it
 if trained:
@@ -386,7 +415,7 @@ if document_mask:
                          f'use another dataset')
     model.within_documents(eot)
 if checkpoint_activations:
-    model.checkpoint_activations()
+    model.checkpoint_activations(checkpoint_activations)
 if weights_dtype == 'bfloat16':
     hold_in_bfloat16(model)
 model.to(device)
@@ -411,19 +440,25 @@ if sample_tokens:
     sample_ids = text.encode(sample_start) if sample_start else None
 n_ids = min(meta['vocab_size'], model.config.vocab_size)
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, block_size, n_ids) for split in ('train', 'val'))
-batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
 if model.n_virtual and not trained.tensors:
     first = torch.from_numpy(train_tokens.read(0, 0.0).astype('int64')).to(device)
     with hardware.autocast(device, dtype):
         model.eval().begin_from(first[torch.arange(model.n_virtual) % len(first)][None])
     model.train()
 
-if optimizer == 'muon':
-    optimizer = optim.muon(model, learning_rate, weight_decay, (beta1, beta2), muon_lr, embd_lr, head_lr,
-                           muon_momentum, momentum_warmup, muon_iterations,
-                           torch.bfloat16 if dtype == 'bfloat16' else torch.float32)
-else:
-    optimizer = optim.adamw(model, learning_rate, weight_decay, (beta1, beta2), low_rank_Bs(model), loraplus_lr_ratio)
+by_muon = optimizer == 'muon'
+
+
+def make_optimizer(model):
+    if by_muon:
+        return optim.muon(model, learning_rate, weight_decay, (beta1, beta2), muon_lr, embd_lr, head_lr, muon_momentum,
+                          momentum_warmup, muon_iterations,
+                          torch.bfloat16 if dtype == 'bfloat16' else torch.float32, optimizer_state)
+    return optim.adamw(model, learning_rate, weight_decay, (beta1, beta2), low_rank_Bs(model), loraplus_lr_ratio,
+                       optimizer_state)
+
+
+optimizer = make_optimizer(model)
 lowest = min_lr / learning_rate if learning_rate else 0.0
 scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 15, enabled=dtype == 'float16')
 iter_num, best_val_loss, best_iter = 0, math.inf, 0
@@ -446,14 +481,49 @@ pruning = optim.Pruning([layer.weight for layer in layers(model)], prune, prune_
                         prune_end * (max_iters - 1), iter_num)
 
 raw_model = model
-eval_loss = raw_model.loss
 if compile:
-    model.compile()
-    eval_loss = torch.compile(raw_model.loss)
+    model.compile(mode='reduce-overhead' if cuda_graphs else None)
 if ddp:
     model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
                                     broadcast_buffers=False)  # they are constants
 autocast = hardware.autocast(device, dtype)
+
+
+def of_master(value):
+    """The first process's value, everywhere."""
+    if ddp:
+        value = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(value, 0)
+    return float(value)
+
+
+def forecast():
+    return Forecast(raw_model, make_optimizer, block_size, dtype, bool(compile), micro_steps > 1,
+                    optimizer_state == 'cpu')
+
+
+def micro_step_seconds(batch_size):
+    ids = torch.randint(n_ids, (batch_size, block_size), device=device)
+
+    def run():
+        with autocast:
+            loss = raw_model.loss(ids, ids)
+        loss.backward()
+    try:
+        return hardware.shortest_seconds(run, device)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+
+
+batch_size_reason = ''
+if choose_batch_size:
+    if master:
+        batch_size, batch_size_reason = fastest(divisors(total_batch_size // block_size // world_size),
+                                                micro_step_seconds, forecast(), memory_there, device)
+    batch_size = int(of_master(batch_size))
+    gradient_accumulation_steps = total_batch_size // block_size // batch_size
+    micro_steps = gradient_accumulation_steps // world_size
+batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
 
 # header
 flops_per_token = raw_model.flops_per_token(block_size)
@@ -462,8 +532,8 @@ if matmul:
     peak_source += f"; {dtype}'s, whatever {matmul} could reach"
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 resolved = config | {key: globals()[key] for key in (
-    'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'weight_decay', 'matmul_until', 'dtype', 'attn_backend',
-    'compile', 'backend')}
+    'batch_size', 'gradient_accumulation_steps', 'lr_decay_iters', 'min_lr', 'weight_decay', 'matmul_until', 'dtype',
+    'attn_backend', 'compile', 'backend')}
 adapter_how = ''
 if trained:
     adapter_how = (
@@ -477,7 +547,7 @@ if isinstance(optimizer, optim.Muon):
 if master:
     print(f'{describe(resolved, given)}\n'
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
-          f'{attn_backend}{", within documents" if document_mask else ""}; '
+          f'{attn_backend}{", within documents" if document_mask else ""} ({attn_reason}); '
           f'{"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
           f'matmuls of the blocks: {matmul_how}\n{adapter_how}'
           f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
@@ -486,7 +556,8 @@ if master:
           f'{flops_per_token / 1e6:.4g} MFLOPs per token{muon_adds}\n'
           f'tokens per iteration will be: {tokens_per_iter:,} = {batch_size} sequences x {block_size} tokens x '
           f'{micro_steps} accumulated x {world_size} processes; {max_iters:,} iterations are '
-          f'{batches.epoch(max_iters):.2f} epochs', flush=True)
+          f'{batches.epoch(max_iters):.2f} epochs'
+          + (f'\nbatch_size: {batch_size_reason}' if batch_size_reason else ''), flush=True)
 
 log = None
 if master and not eval_only:
@@ -510,7 +581,7 @@ def evaluate():
         total, n = 0.0, 0
         for x, y in eval_batches(tokens, batch_size, eval_iters, device):
             with autocast:
-                total, n = total + eval_loss(x, y), n + 1
+                total, n = total + raw_model.loss(x, y), n + 1
         losses[split] = (total / n).item()
     raw_model.train()
     return losses
@@ -542,14 +613,6 @@ def check_finite(val_loss=0.0):
                          f'from before. Try a lower learning_rate, a longer warm-up, or dtype=float32')
 
 
-def of_master(value):
-    """The first process's value, everywhere."""
-    if ddp:
-        value = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(value, 0)
-    return float(value)
-
-
 def any_process(flag):
     """True everywhere if it is True anywhere, so that all processes stop at the same step."""
     if ddp:
@@ -573,6 +636,12 @@ def interrupt(signum, frame):
 signal.signal(signal.SIGINT, interrupt)
 signal.signal(signal.SIGTERM, interrupt)
 
+if cuda_graphs:  # whose own gradients are overwritten by the next micro-batch's
+    for p in raw_model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+gc.collect()
+gc.freeze()
+gc.disable()  # a collection takes up to half a second; what a step leaves behind is collected at evaluations
 clock = hardware.StepClock(device)
 first_bad = torch.full((), math.inf, device=device)  # the first step whose loss or gradient was not finite
 first_iter, laps, lap_start = iter_num, [], iter_num
@@ -607,6 +676,7 @@ while True:
     finished = at >= max_iters or out_of_time
     if eval_only or (finished or iter_num % eval_interval == 0) and iter_num != last_eval:
         clock.stop()
+        gc.collect()
         if master:
             losses = evaluate()
             check_finite(losses['val'])
@@ -629,10 +699,12 @@ while True:
     # dropout follows from the step and the process, so that a resumed run needs no saved random state
     hardware.seed(device, (seed << 32) + iter_num * world_size + rank)
     step_loss = torch.zeros((), device=device)
-    with hardware.memory_advice(batch_size, gradient_accumulation_steps):
+    with out_of_memory_advice(batch_size, gradient_accumulation_steps, memory_there, forecast):
         for micro_step in range(micro_steps):
             if ddp:  # gradients are averaged over the processes once, after the last micro-batch
                 model.require_backward_grad_sync = micro_step == micro_steps - 1
+            if cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             with autocast:
                 _, loss = model(x, y)
             # the next batch, while the device computes
@@ -642,12 +714,12 @@ while True:
         if grad_clip:
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-        if weights_dtype != 'float32':  # stochastic rounding, the same in every process
+        if weights_dtype != 'float32' or optimizer_state == '8bit':  # stochastic rounding, the same in every process
             hardware.seed(device, (seed << 32) + 2 ** 31 + iter_num)
         scaler.step(optimizer)
         scaler.update()
         pruning.step(iter_num)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not cuda_graphs)
     finite = step_loss.isfinite()
     if grad_clip and not scaler.is_enabled():  # a scaler skips steps whose gradients are not finite
         finite &= grad_norm.isfinite()
@@ -691,6 +763,7 @@ if master and laps:
           f'lowest val loss {best_val_loss:.4f} at iter {best_iter}')
 if master and sample_tokens and not interrupted:
     raw_model.eval()
+    raw_model.undo_compile()
     if sample_ids is None:
         sample_ids = next(eval_batches(val_tokens, 1, 1, device))[0][0, :16].tolist()
     with autocast:

@@ -291,7 +291,7 @@ def _serve(base, adapters, device, dtype):
     slots, models = list(range(1, BATCH + 1)), {'base_s': base, 'adapters_s': with_bank}
     bank.select(slots)
     for model in models.values():
-        model.use_attention(hardware.find_attn_backend('auto', device, dtype, base.config.block_size))
+        model.use_attention(hardware.find_attn_backend('auto', device, dtype, base.config.block_size)[0])
     prompt = torch.randint(base.config.vocab_size, (BATCH, PROMPT), device=device)
     figures = {}
     with torch.no_grad(), hardware.autocast(device, dtype):

@@ -4,10 +4,12 @@ The same step of a config in micro-batches of 1, 2, 4, ... sequences, until the 
 Every size is a run of its own, of a few steps. Times are medians without the first step, which warms up and compiles.
 """
 
-import os
 import re
 import tempfile
 
+import torch
+
+import hardware
 import runlog
 from bench import process
 from configurator import InputError
@@ -67,11 +69,10 @@ def _show(row):
 
 def _next_would_not_fit(rows):
     """On a CPU the system would end the process, or swap: the memory that the next size would take is foreseen."""
-    if len(rows) < 2 or not hasattr(os, 'sysconf'):
+    if len(rows) < 2:
         return False
-    there_is = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
     before, now = (row['memory_gb'] for row in rows[-2:])
-    return now + 2 * (now - before) > 0.9 * there_is
+    return now + 2 * (now - before) > hardware.memory_limit(torch.device('cpu')) / 1e9
 
 
 def _draw(rows, best, picture):

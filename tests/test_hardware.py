@@ -103,13 +103,5 @@ def test_clock_stands_still(monkeypatch):
     assert clock.total == 5.0
 
 
-@pytest.mark.parametrize('batch_size, advice', [
-    (12, '--batch_size=6 --gradient_accumulation_steps=8'), (9, '--batch_size=3 --gradient_accumulation_steps=12'),
-    (5, '--batch_size=1 --gradient_accumulation_steps=20'), (1, 'smaller block_size or model')])
-def test_out_of_memory_names_the_same_step_in_smaller_pieces(batch_size, advice):
-    with pytest.raises(InputError, match=advice), hardware.memory_advice(batch_size, 4):
-        raise torch.OutOfMemoryError('CUDA out of memory')
-
-
 def test_duration():
     assert [hardware.duration(s) for s in (0, 59.9, 307, 7500)] == ['0s', '59s', '5m07s', '2h05m']

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 import model as model_py
 from configurator import InputError
 from hardware import autocast
-from model import GPT, ChunkedCrossEntropy, GPTConfig, sample
+from model import GPT, ChunkedCrossEntropy, GPTConfig, loss_of_chunk, sample
 
 transformers = pytest.importorskip('transformers')
 
@@ -177,13 +178,14 @@ def test_a_document_does_not_depend_on_the_one_before(attention, kind):
 def test_documents_compile_whole_and_in_checkpointed_blocks(kind):
     idx, targets, _ = packed()
     grads = []
-    for compiled, checkpointed in ((False, False), (False, True), (True, False), (True, True)):
+    for compiled, checkpointed in itertools.product((False, True), (False, True, 'selective')):
         m = varied(**kind).train()
         m.within_documents(0)
         if checkpointed:
-            m.checkpoint_activations()
-        run = torch.compile(m.loss, backend='aot_eager', fullgraph=True) if compiled else m.loss
-        loss = run(idx, targets)
+            m.checkpoint_activations(checkpointed)
+        if compiled:
+            m.compile(backend='aot_eager', fullgraph=True)
+        loss = m.loss(idx, targets)
         grads.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
     assert grads[0][0] != varied(**kind).loss(idx, targets)
     for plain, *others in zip(*grads, strict=True):
@@ -314,7 +316,7 @@ def test_chunked_loss_is_the_whole_one(dtype, tolerance):
     targets = torch.randint(30, (50,), generator=g)
     targets[[3, 7, 40]] = -1
     a, b = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
-    chunked = ChunkedCrossEntropy.apply(a, b, targets, 16, True)
+    chunked = ChunkedCrossEntropy.apply(a, b, targets, 16, loss_of_chunk, True)
     p, q = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
     whole = F.cross_entropy((p @ q.T).float(), targets, ignore_index=-1)
     (chunked * 3).backward()
@@ -322,7 +324,7 @@ def test_chunked_loss_is_the_whole_one(dtype, tolerance):
     assert chunked.item() == pytest.approx(whole.item(), rel=tolerance)
     for ours, theirs in ((a.grad, p.grad), (b.grad, q.grad)):
         assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
-    assert ChunkedCrossEntropy.apply(a, b, targets, 16, False).item() == chunked.item()
+    assert ChunkedCrossEntropy.apply(a, b, targets, 16, loss_of_chunk, False).item() == chunked.item()
 
 
 def test_chunked_loss_holds_no_full_logits():
@@ -352,14 +354,26 @@ def test_chunked_model_compiles_whole_and_trains_as_the_plain_one(dtype, toleran
     grads = []
     for chunk, compiled in ((0, False), (5, False), (5, True)):
         m = varied(loss_chunk=chunk, **kind).train()
-        run = torch.compile(m, backend='aot_eager', fullgraph=True) if compiled else m
+        if compiled:
+            m.compile(backend='aot_eager', fullgraph=True)
         with autocast(torch.device('cpu'), dtype):
-            loss = run(idx, idx)[1]
+            loss = m(idx, idx)[1]
         loss.backward()
         grads.append([loss, *(p.grad for p in m.parameters())])
     for plain, *others in zip(*grads, strict=True):
         for other in others:
             assert (other - plain).norm() <= tolerance * plain.norm()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_in_bfloat16_the_residual_stream_is_too(kind):
+    seen = []
+    m = varied(**kind)
+    m.transformer.h[1].register_forward_pre_hook(lambda block, args: seen.append(args[0].dtype))
+    for dtype in ('float32', 'bfloat16', None):
+        with autocast(torch.device('cpu'), dtype) if dtype else torch.autocast('cpu', torch.float16):
+            m.hidden(torch.randint(33, (2, 16)))
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
 
 
 def test_large_vocabularies_are_chunked_and_small_ones_are_not():

@@ -197,6 +197,80 @@ def test_small_updates_of_bfloat16_weights_count_in_the_mean(kind):
     assert weight.dtype == torch.bfloat16
 
 
+def train(m, optimizer, steps, seed=0):
+    """The losses on sequences that count upwards."""
+    optim.set_rates(optimizer, 0, 1.0)
+    losses = []
+    for step in range(steps):
+        start = torch.randint(11, (16, 1), generator=torch.Generator().manual_seed(step))
+        ids = (start + torch.arange(9)) % 11
+        torch.manual_seed(seed + step)
+        loss = m(ids[:, :-1], ids[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def made(kind, m, keep):
+    if kind == 'muon':
+        return optim.muon(m, 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, momentum_warmup=0, keep=keep)
+    return optim.adamw(m, 3e-3, 0.1, (0.9, 0.95), keep=keep)
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_moments_in_the_cpus_memory_are_the_same_and_in_8_bits_nearly(kind):
+    losses, held = {}, {}
+    for keep in optim.MOMENTS:
+        m = model().train()
+        optimizer = made(kind, m, keep)
+        losses[keep] = train(m, optimizer, 60)
+        held[keep] = sum(t.nbytes for p in m.parameters() if p.numel() >= 256
+                         for key, t in optimizer.state[p].items() if key != 'step')
+    assert losses['cpu'] == losses['float32'] and losses['float32'][-1] < 0.6 * losses['float32'][0]
+    assert losses['8bit'] != losses['float32']
+    assert losses['8bit'][-1] == pytest.approx(losses['float32'][-1], abs=0.03)
+    assert held['8bit'] == pytest.approx(held['float32'] * (1 + 4 / 256) / 4, rel=0.01)
+
+
+def test_moments_in_8_bits_are_within_a_digit_and_in_the_mean_exact():
+    p = torch.randn(40, 10)
+    for which, value in ((0, torch.randn(40, 10) * torch.logspace(-6, 3, 10)), (1, torch.rand(40, 10) ** 4 + 1e-12)):
+        keep = optim.MOMENTS['8bit'][which]
+        mean, blocks = torch.zeros_like(value), torch.cat([value.flatten(), torch.zeros(112)]).view(-1, 256)
+        ulp = (blocks.abs().amax(1, keepdim=True) / 448 * 2 ** -9).expand(-1, 256).flatten()[:400].view_as(value)
+        for seed in range(400):
+            torch.manual_seed(seed)
+            kept = keep.new(p)
+            keep.write(kept, value)
+            read = keep.read(kept, p)
+            if which == 0:  # a step of the grid is an eighth of a number, or of the smallest normal one
+                assert ((read - value).abs() <= 0.126 * value.abs() + 1.01 * ulp).all()
+            mean += read / 400
+        assert (mean - value).norm() <= 0.01 * value.norm()
+    assert (keep.read(keep.new(p), p) == 0).all()
+    keep.write(kept, torch.zeros(40, 10))
+    assert keep.read(kept, p).max() < 1e-30
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+@pytest.mark.parametrize('before, after', [('float32', '8bit'), ('8bit', 'cpu'), ('cpu', 'float32'), ('8bit', '8bit')])
+def test_moments_go_over_from_one_way_of_keeping_them_to_another(kind, before, after):
+    straight, stopped = model().train(), model().train()
+    one, other = made(kind, straight, before), made(kind, stopped, before)
+    train(straight, one, 20)
+    train(stopped, other, 20)
+    saved = {'state': {i: {k: v.clone() for k, v in s.items()} for i, s in other.state_dict()['state'].items()},
+             'param_groups': other.state_dict()['param_groups']}
+    other = made(kind, stopped, after)
+    optim.load_state(other, saved)
+    losses = train(straight, one, 20, 99), train(stopped, other, 20, 99)
+    if before == after or '8bit' not in (before, after):
+        assert losses[0] == losses[1]
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
 def test_pruning_rises_to_its_share_and_holds():
     w = torch.randn(40, 25)
     pruning = optim.Pruning([w], 0.8, 20, 60)

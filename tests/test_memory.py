@@ -1,0 +1,181 @@
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import memory
+import optim
+from adapters import AdapterConfig, attach, hold_base
+from configurator import InputError
+from matmul import RECIPES, convert
+from memory import Forecast, Step
+from model import GPT, GPTConfig
+
+SHAPE = dict(block_size=64, vocab_size=9000, n_layer=2, n_head=2, n_embd=64, loss_chunk=64)
+KINDS = [dict(arch='gpt2'), dict(arch='modern', smear=True)]
+
+
+def built(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SHAPE | changes)).train()
+
+
+def adamw(model):
+    return optim.adamw(model, 0.0, 0.1, (0.9, 0.95))
+
+
+def muon(model):
+    return optim.muon(model, 0.0, 0.0, (0.9, 0.95), 0.0)
+
+
+def measured(model, make_optimizer, batch_size, block_size, accumulates):
+    """The most bytes of tensors that torch's CPU allocator holds in a step, that of the weights included."""
+    optimizer = make_optimizer(model)
+    optim.set_rates(optimizer, 0, 0.0)
+
+    def micro_step():
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model.loss(x, x)
+        loss.backward()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    x = torch.zeros(batch_size, block_size, dtype=torch.int64)
+    micro_step()
+    update()
+    before = memory.nbytes([*model.parameters(), *model.buffers(),
+                            *(t for state in optimizer.state.values() for t in state.values())])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for _ in range(1 + accumulates):
+            micro_step()
+        update()
+    now = peak = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == '[memory]':
+            now += event.nbytes()
+            peak = max(peak, now)
+    return before + peak
+
+
+@pytest.mark.parametrize('kind, make_optimizer, checkpointed', [
+    (KINDS[0], adamw, False), (KINDS[1], muon, False), (KINDS[0], muon, 'selective'), (KINDS[1], adamw, True)])
+def test_a_step_takes_what_was_foreseen(kind, make_optimizer, checkpointed):
+    model = built(**kind)
+    if checkpointed:
+        model.checkpoint_activations(checkpointed)
+    foreseen = Forecast(model, make_optimizer, 64, 'bfloat16')
+    for batch_size in (40, 100):
+        assert foreseen.at(batch_size).peak == pytest.approx(
+            measured(model, make_optimizer, batch_size, 64, accumulates=True), rel=0.1)
+
+
+def test_the_compiled_graphs_keep_what_they_keep():
+    """Of the compiled step, what stays for backward is the same, and the whole is less."""
+    model = built()
+    eager, compiled = (Forecast(model, adamw, 64, 'bfloat16', compile).at(64) for compile in (False, True))
+    assert (compiled.weights, compiled.gradients, compiled.optimizer, compiled.update) == (
+        eager.weights, eager.gradients, eager.optimizer, eager.update)
+    assert compiled.forward < eager.forward and compiled.activations <= 1.05 * eager.activations
+    tokens, width, layers = 64 * 64, 64, 2
+    # in 16 bits: two inputs of norms, two of Linears, q, k, v, attention, two of the width of the MLP; in float32 the
+    # statistics; and the loss's gradients
+    per_layer = tokens * width * 2 * (2 + 2 + 3 + 1 + 8)
+    loss = tokens * width * 2 + 9000 * width * 4
+    assert layers * per_layer + loss == pytest.approx(compiled.activations, rel=0.15)
+
+
+def test_less_is_kept_of_checkpointed_blocks():
+    steps = {}
+    for how in (False, 'selective', True):
+        model = built()
+        if how:
+            model.checkpoint_activations(how)
+        for compile in (False, True):
+            steps[how, compile] = Forecast(model, adamw, 64, 'bfloat16', compile).at(64)
+    for compile in (False, True):
+        assert steps[True, compile].activations < 0.8 * steps['selective', compile].activations
+        assert steps['selective', compile].activations < 0.9 * steps[False, compile].activations
+
+
+def test_the_optimizers_state_by_how_it_is_kept():
+    model = built()
+    state = {keep: Forecast(model, lambda m, keep=keep: optim.adamw(m, 0.0, 0.1, (0.9, 0.95), keep=keep), 64, 'float32',
+                            offloaded=keep == 'cpu').at(32).optimizer for keep in optim.MOMENTS}
+    assert state['float32'] == pytest.approx(8 * model.n_params(), rel=0.001)
+    assert state['8bit'] == pytest.approx(2 * model.n_params(), rel=0.05) and state['cpu'] == 0
+
+
+@pytest.mark.parametrize('held', ['float32', 'nf4'])
+def test_an_adapter_needs_gradients_and_moments_of_its_own_alone(held):
+    model = built()
+    hold_base(model, held, 'bfloat16')
+    model.requires_grad_(False)
+    attach(model, AdapterConfig('lora', r=4))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for compile in (False, True):
+        step = Forecast(model, adamw, 64, 'bfloat16', compile).at(32)
+        assert step.gradients == 4 * trained and step.optimizer == pytest.approx(8 * trained, abs=1000)
+        assert step.weights == pytest.approx(memory.nbytes([*model.parameters(), *model.buffers()]), rel=1e-3)
+
+
+@pytest.mark.parametrize('recipe, compile', [*((recipe, False) for recipe in RECIPES), ('int8', True)])
+def test_every_recipe_is_foreseen_and_the_model_stays_as_it_is(recipe, compile):
+    model = built(n_layer=1)
+    convert(model, recipe, 'bfloat16', 64 * 64, 0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    step = Forecast(model, adamw, 64, 'bfloat16', compile).at(32)
+    assert step.peak > step.activations > 0
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
+
+
+class Known(Forecast):
+    """10 bytes, and 4 for each sequence."""
+
+    def __init__(self):
+        self._known = [Step(size, 10, 0, 0, 4 * size, 10 + 4 * size, 10, 10) for size in (1, 2)]
+
+
+def test_the_largest_that_fits():
+    assert Known().at(7).peak == 38 and Known().at(7).temporary == 0
+    assert Known().largest(1.05 * 38, [12, 9, 7, 1]) == 7 and Known().largest(14, [12, 1]) is None
+
+
+@pytest.mark.parametrize('batch_size, limit, advice', [
+    (12, 100, '--batch_size=6 --gradient_accumulation_steps=8, which is foreseen to take 0.0 GB'),
+    (12, 30, '--batch_size=4 --gradient_accumulation_steps=12,'), (1, 100, '--checkpoint_activations=True, '),
+    (12, 5, '--checkpoint_activations=True, ')])
+def test_out_of_memory_names_what_fits(batch_size, limit, advice):
+    with pytest.raises(InputError) as e, memory.out_of_memory_advice(batch_size, 4, limit, Known):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    assert advice in str(e.value)
+
+
+def test_without_a_forecast_the_next_smaller_is_named():
+    with pytest.raises(InputError, match='batch_size=6 --gradient'), memory.out_of_memory_advice(12, 4, 100, None):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+
+@pytest.mark.parametrize('device, limit, seconds, tried, best', [
+    ('cuda', 300, lambda n: 1 + n, [64, 32], 64),  # larger is faster: half is tried, and no more
+    ('cuda', 300, lambda n: n ** 2, [64, 32, 16, 8, 4, 2, 1], 1),
+    ('cuda', 100, lambda n: 1 + n, [16, 8], 16), ('cpu', 300, lambda n: n ** 2, [1, 2], 1),
+    ('cpu', 300, lambda n: 1 + n, [1, 2, 4, 8, 16, 32, 64], 64)])
+def test_the_fastest_of_those_that_fit(device, limit, seconds, tried, best):
+    asked = []
+
+    def time(size):
+        asked.append(size)
+        return seconds(size)
+    found, why = memory.fastest([64, 48, 32, 16, 8, 4, 2, 1], time, Known(), limit, torch.device(device))
+    assert (asked, found) == (tried, best) and f'{best}: 1.00' in why
+
+
+def test_a_size_that_does_not_fit_after_all_is_passed_over():
+    def time(size):
+        if size > 8:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return 1 + size
+    assert memory.fastest([16, 8, 4], time, Known(), 1000, torch.device('cuda'))[0] == 8
+    with pytest.raises(InputError, match='not even batch_size=1 fits in 0.0 GB'):
+        memory.fastest([16, 8, 4], time, Known(), 12, torch.device('cuda'))
