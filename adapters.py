@@ -421,7 +421,7 @@ class WithPrefix(GPT):
         def layer(self, i):
             return self.layers[i]
 
-        class Layer:
+        class Layer(Context):
             def __init__(self, k, v):
                 self.k, self.v, self.length = k, v, k.size(2)
 

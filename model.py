@@ -122,8 +122,20 @@ def sdpa(q, k, v, dropout, mask=None):
     training. mask: (T, S) or (B, 1, T, S), whether a query may see a key; None: T = S and causal, or a single query
     that sees all keys.
     """
+    if q.size(2) == 1 and mask is not None:
+        return single_query(q, k, v, dropout, mask)
     is_causal = mask is None and q.size(2) > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+
+
+def single_query(q, k, v, dropout, mask):
+    """
+    The same of one query, written out: a fused kernel that takes a mask gives a whole head to one of a GPU's
+    multiprocessors, while torch.compile spreads sums like these over all of them.
+    """
+    scores = (q.float() * k).sum(-1, keepdim=True).mT * q.size(-1) ** -0.5  # (B, H, 1, S)
+    weights = F.dropout(F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1), dropout, training=dropout > 0)
+    return (weights.mT * v).sum(-2, keepdim=True).to(v.dtype)
 
 
 def causal_mask(T, S, device):
@@ -213,13 +225,13 @@ class ReLUSquared(nn.Module):
 class LearnedPositions(nn.Embedding):
     def forward(self, x, context):
         """x: (B, T, n_embd), embeddings of the T positions after the context's."""
-        return x + self.weight[context.length:context.length + x.size(1)]
+        return x + context.rows(self.weight, x.size(1))
 
 
 class Unturned(nn.Module):
     """In Rotary's place where positions are learned."""
 
-    def forward(self, qk, start):
+    def forward(self, qk, context):
         return qk
 
 
@@ -238,9 +250,9 @@ class Rotary(nn.Module):
         self.register_buffer('cos', angles.cos().repeat(1, 1, 1, 2), persistent=False)  # (T, 1, 1, hd)
         self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
 
-    def forward(self, qk, start):
-        """qk: (B, T, 2, H, hd), queries and keys of T positions from `start` on."""
-        cos, sin = (table[start:start + qk.size(1)].to(qk.dtype) for table in (self.cos, self.sin))
+    def forward(self, qk, context):
+        """qk: (B, T, 2, H, hd), queries and keys of the T positions after the context's."""
+        cos, sin = (context.rows(table, qk.size(1)).to(qk.dtype) for table in (self.cos, self.sin))
         return torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, dims=-1), sin)
 
 
@@ -285,7 +297,7 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, n_embd); context: this layer's part of what they see, to which x's keys and values are added."""
         B, T, C = x.shape
         qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split([2, 1], dim=2)
-        qk = self.rotary(self.qk_norm(qk), context.length)
+        qk = self.rotary(self.qk_norm(qk), context)
         q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # (B, H, T, hd)
         k, v, mask = context.append(k, v)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)
@@ -456,9 +468,6 @@ class GPT(nn.Module):
 
     def contextual(self, x, context):
         """x: (B, T, n_embd), embeddings of the T positions after the context's -> the same after the final norm."""
-        end = context.length + x.size(1)
-        if end > self.config.block_size:
-            raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}')
         for part in self.stem:
             x = self.transformer[part](x, context)
         x = self.transformer.drop(x)
@@ -513,6 +522,10 @@ class GPT(nn.Module):
         if self.config.positions == 'learned':
             kept = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe = LearnedPositions.from_pretrained(kept, freeze=False)
+        else:
+            for block in self.transformer.h:
+                rotary = block.attn.rotary
+                rotary.cos, rotary.sin = rotary.cos[:block_size].clone(), rotary.sin[:block_size].clone()
 
     @classmethod
     def skeleton(cls, config):
@@ -544,41 +557,53 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, window_step=1,
-               generator=None):
+               generator=None, step=None):
         """
-        Continue idx, (B, T) ids, token by token: yields (B,) ids, max_new_tokens times or until every row has drawn
-        `eot` (a row that has, repeats it).
+        Continue idx, (B, T) ids, token by token: yields (B,) ids, max_new_tokens times, without waiting for the device.
+        A row that has drawn `eot` repeats it.
 
         temperature 0 takes the likeliest token. top_k, top_p: draw among the k likeliest, or the likeliest that
         together have probability p. Up to block_size tokens each step computes its one new position against cached
         keys and values. Beyond, learned positions move with the window, and every move computes the whole window
         again: with window_step=1 for each token, as nanoGPT does, otherwise once in window_step tokens, with between
-        block_size - window_step + 1 and block_size tokens of context.
+        block_size - window_step + 1 and block_size tokens of context. step: what computes the one new position; None:
+        a Step.
         """
+        step = step or Step(self)
         block_size = self.config.block_size - self.n_virtual
-        cache = None
+        length = None
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            if cache is None or cache.length == self.config.block_size:
+            if length is None or length == block_size:
                 keep = block_size if idx.size(1) <= block_size else block_size - window_step + 1
                 window = idx[:, -keep:]
-                cache = self.new_cache(idx.size(0), min(block_size, window.size(1) + max_new_tokens))
+                length = window.size(1)
+                cache = self.new_cache(idx.size(0), min(block_size, length + max_new_tokens))
+                logits = self.lm_head(self.hidden(window, cache)[:, -1])
+                if length < block_size:
+                    step.begin(cache)
             else:
-                window = idx[:, -1:]
-            logits = self.lm_head(self.hidden(window, cache)[:, -1]).float()
+                logits = step(idx[:, -1:])
+                length += 1
+            logits = logits.float()
             logits[:, self.config.n_ids:] = -math.inf
             next_ids = sample(logits, temperature, top_k, top_p, generator)
             if eot is not None:
                 next_ids = torch.where(done, eot, next_ids)
                 done |= next_ids == eot
-            yield next_ids
-            if eot is not None and done.all():
-                return
             idx = torch.cat([idx, next_ids[:, None]], dim=1)
+            yield next_ids
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """idx, (B, T) ids, and what stream() continues it by: (B, T + max_new_tokens), or less if stopped by `eot`."""
-        new = list(self.stream(idx, max_new_tokens, temperature, top_k, **options))
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, eot=None, **options):
+        """
+        idx, (B, T) ids, and what stream() continues it by: (B, T + max_new_tokens), or less if every row has drawn
+        `eot`.
+        """
+        new = []
+        for ids in self.stream(idx, max_new_tokens, temperature, top_k, eot=eot, **options):
+            new.append(ids)
+            if eot is not None and (ids == eot).all():
+                break
         return torch.cat([idx] + [ids[:, None] for ids in new], dim=1)
 
 
@@ -588,19 +613,27 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = F.softmax(logits, dim=-1)
     if top_p is not None and top_p < 1:
         ordered, ids = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # the probability of all likelier ones
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
+    # what torch.multinomial does, which then looks at the probabilities, and so waits for the device
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
 
 
 class Context:
     """What the positions of x see: here those before them in x, in every layer the same."""
     length = 0  # positions before x
+
+    def rows(self, table, T):
+        """Of a table of positions, (block_size, ...), the rows of x's T positions. Raises ValueError beyond its end."""
+        end = self.length + T
+        if end > len(table):
+            raise ValueError(f'{end} tokens, but block_size is {len(table)}')
+        return table[self.length:end]
 
     def previous(self, x):
         """x: (B, T, n_embd) -> at each position what x is at the one before, zeros where none is seen."""
@@ -652,7 +685,7 @@ class KVCache(Context):
     def layer(self, i):
         return self.layers[i]
 
-    class Layer:
+    class Layer(Context):
         def __init__(self, shape):
             self.shape, self.length, self.k, self.v = shape, 0, None, None
 
@@ -663,6 +696,20 @@ class KVCache(Context):
             S = self.length = start + T
             self.k[:, :, start:S], self.v[:, :, start:S] = k, v
             return self.k[:, :, :S], self.v[:, :, :S], causal_mask(T, S, k.device) if 1 < T < S else None
+
+
+class Step:
+    """The logits of one position after those of a KVCache, which keeps it."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def begin(self, cache):
+        self.cache = cache
+
+    def __call__(self, ids):
+        """ids: (B, 1) -> (B, vocab_size)"""
+        return self.model.lm_head(self.model.hidden(ids, self.cache)[:, -1])
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -266,12 +266,14 @@ def test_same_seed_same_text():
 def test_rotary_scores_depend_on_the_distance_alone():
     rotary = model_py.Rotary(GPTConfig(block_size=12, n_layer=1, n_head=1, n_embd=8))
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 12, 1, 8)  # the same at every position
-    qk = rotary(torch.stack([q, k], dim=2), 0)
+    qk = rotary(torch.stack([q, k], dim=2), model_py.Context())
     scores = (qk[0, :, 0, 0] @ qk[0, :, 1, 0].T)
     for distance in range(12):
         torch.testing.assert_close(scores.diagonal(distance), scores[0, distance].expand(12 - distance))
     assert scores[0].std() > 0.1
-    torch.testing.assert_close(rotary(torch.stack([q, k], dim=2)[:, 5:], 5), qk[:, 5:])
+    later = model_py.Context()
+    later.length = 5
+    torch.testing.assert_close(rotary(torch.stack([q, k], dim=2)[:, 5:], later), qk[:, 5:])
 
 
 @pytest.mark.parametrize('function, reference', [
