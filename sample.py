@@ -19,6 +19,7 @@ import hardware
 import tokenizer
 from adapters import Bank, decode_base, merge
 from configurator import InputError, configure
+from decoding import CompiledStep, hold_for_matmuls, read
 from formats import Sparse24
 from matmul import convert, layers, pack_ternary
 from model import GPT
@@ -45,7 +46,8 @@ seed = 1337
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
-compile = False  # torch.compile
+compile: bool | str = 'auto'  # torch.compile the step from one token to the next, and on a GPU replay it as a CUDA
+# ... graph, which takes a minute at first; 'auto': on a GPU where it works, from 10,000 new tokens on
 # ----------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals())
 
@@ -88,7 +90,6 @@ elif folders:
     if loaded[0].config.method in ('lora', 'dora', 'vera'):  # no slower than the base
         merge(model)
 decode_base(model)
-model.requires_grad_(True)  # autocast keeps what it has cast of such weights alone
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
 model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size)[0])
@@ -117,8 +118,12 @@ if adapters:
     num_samples, names = len(ids), [f'[{(["the base"] + folders)[number]}]\n' for number in ids]
     bank = Bank(model, low_rank, hardware.DTYPES[dtype])
     bank.select(ids)
-if compile:
-    model.hidden = torch.compile(model.hidden, dynamic=True)
+hold_for_matmuls(model, dtype)
+if compile == 'auto':
+    compile = max_new_tokens >= 10_000 and hardware.can_compile(device)[0]
+elif isinstance(compile, str):
+    raise InputError(f'compile={compile!r} must be auto, True or False')
+step = CompiledStep(model) if compile else None
 
 # prompt
 if start.startswith('FILE:'):
@@ -142,20 +147,26 @@ if not 1 <= window_step <= context:
 generator = torch.Generator(device).manual_seed(seed)
 decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a token may end inside a character
 print(names[0] + start, end='', flush=True)
-new, began = [], time.perf_counter()
+new = []
 with hardware.autocast(device, dtype):
-    for next_ids in model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, window_step, generator):
-        new.append(next_ids)
-        token = next_ids[0].item()
-        if token != text.eot:
-            print(decoder.decode(text.to_bytes([token])), end='', flush=True)
+    if compile:  # before the clock starts
+        list(model.stream(prompt, 1, temperature=0, window_step=window_step, step=step))
+    began = time.perf_counter()
+    for tokens in read(model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, window_step, generator,
+                                    step)):
+        new.append(tokens)
+        if tokens[0] != text.eot:
+            print(decoder.decode(text.to_bytes(tokens[:1])), end='', flush=True)
+        if all(token == text.eot for token in tokens):
+            break
 seconds = time.perf_counter() - began
 print(decoder.decode(b'', final=True))
 print('---------------')
-for name, row in zip(names[1:], torch.stack(new, dim=1)[1:].tolist(), strict=True):
+for name, row in zip(names[1:], list(zip(*new, strict=True))[1:], strict=True):
     row = row[:row.index(text.eot)] if text.eot in row else row
     print(name + start + text.decode(row))
     print('---------------')
 drawn = len(new) * num_samples
 beyond = f'; beyond {context} tokens the context moves {window_step} at a time' * (len(ids) + len(new) > context)
-print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}){beyond}', file=sys.stderr)
+compiled = f'; compiled in {step.seconds:.0f} s' if compile else ''
+print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}){beyond}{compiled}', file=sys.stderr)
