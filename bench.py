@@ -10,6 +10,7 @@ Measure: one suite at a time, each a file in bench/. What is not a key of this s
   python bench.py --suite=adapters config/finetune_lora.py
   python bench.py --suite=export
   python bench.py --suite=data --tokenizer=gpt2
+  python bench.py --suite=gpu --peer=../nanoGPT
 
 race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
           nanoGPT's command line and log, such as nanoGPT: seconds, iterations, tokens and their ratios, over seeds. It
@@ -23,22 +24,24 @@ adapters  a finetuning by each kind of adapter and by all weights, at the best o
           and memory, over seeds; a step of each with 124M parameters; what it costs to serve a batch of many adapters
 export    GPT-2's smallest size to each form that export.py has: time and memory
 data      text to token files, beside the tokenizer alone; its memory; and what it takes to read batches
+gpu       a GPU in one go, beside nanoGPT: training, memory, a race, sampling, and others of these suites; called again
+          it goes on with what is missing
 """
 
 import importlib
-import json
 import os
 import shlex
 import time
 
 import hardware
+from bench import process
 from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export or data
+suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data or gpu
 runs = 3  # of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the figures as JSON, and a picture beside it where the suite draws one; '': results/<suite>.json
-# race and speed
+# race, speed and gpu
 peer = ''  # the folder of the other trainer
 # race
 peer_args = 'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=145 --eval_interval=2000 \
@@ -46,23 +49,27 @@ peer_args = 'config/train_shakespeare_char.py --device=cpu --compile=False --eva
 --lr_decay_iters=2000 --dropout=0.0'  # what the peer's train.py is called with: nanoGPT's README command for a CPU
 # sweep and adapters
 steps = 5  # training steps of each micro-batch, or of each adapter with 124M parameters
-# matmul, formats and adapters
-recipes = ''  # these rows alone, separated by commas, or all of a recipe's; '': all
+# matmul, formats, adapters and gpu
+recipes = ''  # these rows alone, separated by commas, or all of a recipe's, or of a part of gpu; '': all
 # matmul
 widths = '768,1024,2048,4096'  # of a square Linear; the largest take longest
 tokens = 2048  # rows of its input
 # data
 tokenizer = 'gpt2'  # an encoding of tiktoken's, or the path of FILE.tiktoken
 gigabytes = 1.0  # of text whose preparation's memory is measured
+# gpu
+minutes = 9.0  # what does not fit in them is left to the next call
+small = False  # try all of it at a tiny size, on any device: no measurement
+restart = False  # measure again what dest has
 # ----------------------------------------------------------------------------------------------------------------------
 for_train = []
 config, given = configure(globals(), pass_on=for_train)
 
 folder = os.path.dirname(os.path.abspath(__file__))
 if not suite or not os.path.exists(os.path.join(folder, 'bench', f'{suite}.py')):
-    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats, adapters, export or '
-                     f'data')
-dest = dest or os.path.join('results', f'{suite}.json')
+    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats, adapters, export, '
+                     f'data or gpu')
+dest = config['dest'] = dest or os.path.join('results', f'{suite}{"_small" * small}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')
 for key in ('runs', 'steps', 'tokens'):
@@ -72,6 +79,5 @@ command = shlex.join(['python', 'bench.py', *(f'--{key}={config[key]}' for key i
 measured = {'command': command, 'date': time.strftime('%Y-%m-%d'), **hardware.versions()}
 picture = os.path.splitext(dest)[0] + '.png'
 measured['figures'] = importlib.import_module(f'bench.{suite}').measure(config, for_train, picture)
-with open(dest, 'w', encoding='utf-8') as f:
-    json.dump(measured, f, indent=1)
+process.write_json(dest, measured)
 print(f'written to {dest}')

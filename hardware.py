@@ -227,7 +227,7 @@ def peak_flops(device, dtype, override=None, tf32=True):
     """
     if override:
         return override, 'as given by peak_flops'
-    measured = _matmul_flops(device, DTYPES[dtype])
+    measured = matmul_flops(device, DTYPES[dtype])
     listed = datasheet_flops(device_name(device), dtype, tf32) if device.type == 'cuda' else None
     if listed:
         return listed, f'datasheet, dense {dtype}; a large matmul reaches {measured / 1e12:.1f} here'
@@ -369,7 +369,8 @@ def _random_matrix(n, device, dtype):
     return torch.empty(n, n, device=device).uniform_(-1, 1, generator=generator).to(dtype)
 
 
-def _matmul_flops(device, dtype):
+def matmul_flops(device, dtype):
+    """FLOP/s of a large matmul, measured now; dtype: torch's."""
     n = {'cuda': 8192, 'cpu': 1024}.get(device.type, 4096)
     a = _random_matrix(n, device, dtype)
     rate = 2 * n ** 3 / shortest_seconds(lambda: a @ a, device)

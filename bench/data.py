@@ -133,7 +133,7 @@ def prepare(dest, pattern, tokenizer, shard):
     corpus.prepare(dest, source, by_name(tokenizer), corpus.SomeDocuments(0.1), shard=shard)
 
 
-def read_batches(folder, batch_size, block_size, step_ms, n, n_steps):
+def read_batches(folder, batch_size, block_size, step_ms, n, n_steps, device='cpu'):
     """
     Prints the median ms of a batch read at once after another, of the wait for one when a step lies between them, and
     by how much n of them let the process grow.
@@ -144,7 +144,8 @@ def read_batches(folder, batch_size, block_size, step_ms, n, n_steps):
     from loader import Tokens, TrainBatches
     from tokenizer import read_meta
     tokens = Tokens(folder, 'train', read_meta(folder), block_size)
-    batches, device = TrainBatches(tokens, batch_size, 1, seed=1), torch.device('cpu')
+    batches, device = TrainBatches(tokens, batch_size, 1, seed=1), torch.device(device)
+    cpu = torch.device('cpu')
 
     def read(steps, between):
         times = []
@@ -156,11 +157,11 @@ def read_batches(folder, batch_size, block_size, step_ms, n, n_steps):
         return float(np.median(times))
 
     waited_ms = read(range(n_steps), step_ms / 1e3)
-    before = hardware.peak_memory_gb(device)
+    before = hardware.peak_memory_gb(cpu)
     ms = read(range(n_steps, n_steps + n), 0)
     print(json.dumps({'ms': ms, 'waited_ms': waited_ms, 'batch_size': batch_size, 'block_size': block_size,
                       'files': len(tokens.paths), 'epochs': batches.epoch(n),
-                      'grown': 1e9 * (hardware.peak_memory_gb(device) - before)}))
+                      'grown': 1e9 * (hardware.peak_memory_gb(cpu) - before)}))
 
 
 def masked_steps(size, batches, pairs):

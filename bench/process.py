@@ -1,6 +1,9 @@
 """Scripts with nanoGPT's command line, run and timed: this project's, and a peer's in its own folder."""
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +12,7 @@ import time
 from configurator import InputError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_end = None  # of time_limit()
 
 
 def own(script, args):
@@ -19,12 +23,37 @@ def own(script, args):
 def run(folder, script, args):
     """`python script args` in `folder`: (what it printed, seconds). Raises InputError with its error if it fails."""
     command = [sys.executable, script, *args]
-    start = time.perf_counter()
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if ran.returncode:
-        last = (ran.stderr.strip().splitlines() or ['no message'])[-1].removeprefix('error: ')
+    start, left = time.perf_counter(), None if _end is None else max(0.0, _end - time.monotonic())
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=left is not None) as child:
+        try:
+            printed, said = child.communicate(timeout=left)
+        except subprocess.TimeoutExpired:
+            said = f'not done after {left:.0f} s'
+        finally:
+            child.kill()
+            if left is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+    if child.returncode:
+        lines = said.strip().splitlines() or ['no message']
+        last = next((line for line in lines if line.startswith('error: ')), lines[-1]).removeprefix('error: ')
         raise InputError(f'{last}\n  in: {os.path.basename(script)} {" ".join(args)}')
-    return ran.stdout, time.perf_counter() - start
+    return printed, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """
+    Within it, all that run() and own() start has so many seconds together, and is ended with every process that it has
+    started: when it is done, when its time is over, and when this process is interrupted.
+    """
+    global _end
+    _end = time.monotonic() + seconds
+    try:
+        yield
+    finally:
+        _end = None
 
 
 def python(arguments):
@@ -46,6 +75,13 @@ def check_peer(folder):
     if not folder or not os.path.exists(os.path.join(folder, 'train.py')):
         raise InputError(f'peer={folder!r}: give the folder of another trainer, with its train.py')
     return os.path.abspath(folder)
+
+
+def write_json(path, value):
+    """Whole or not at all."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + '.tmp', path)
 
 
 def flags(options):

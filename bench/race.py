@@ -31,13 +31,14 @@ def measure(config, train_args, picture):
         raise InputError('no config for this trainer: add one, such as config/speedrun_cpu.py')
     races = []
     with tempfile.TemporaryDirectory() as folder:
-        data = _token_files(configurator.resolve(TRAIN, train_args)[0]['dataset'], peer, folder)
+        data = token_files(configurator.resolve(TRAIN, train_args)[0]['dataset'], peer, folder)
         for seed in range(1, config['runs'] + 1):
             there, here = (os.path.join(folder, f'{who} {seed}') for who in ('peer', 'here'))
-            theirs = _train_peer(peer, peer_args, data, seed, there)
+            theirs = train_peer(peer, peer_args, data, seed, there)
             process.own('train.py', [*train_args, *process.flags({'dataset': data, 'out_dir': here, 'seed': seed})])
             ours = runlog.read_run(here, 'here')
-            races.append(_figures(theirs, ours, *_target(theirs, ours, data, there)))
+            same = {key: ours.config[key] for key in ('eval_iters', 'batch_size', 'device')}
+            races.append(figures(peer_figures(theirs), ours, *target(theirs, same, data, there)))
             _show(seed, races[-1])
         process.own('compare.py', [f'{there}.log', here, f'--plot={os.path.abspath(picture)}'])
         print(f'picture of the last: {picture}')
@@ -52,7 +53,7 @@ def measure(config, train_args, picture):
     return {'shape': shape, 'seeds': races, 'median_ratio': median}
 
 
-def _token_files(dataset, peer, folder):
+def token_files(dataset, peer, folder):
     """A folder with links to the token files and a description of them for either trainer."""
     here, there = (os.path.join(root, 'data', dataset or '') for root in ('', peer))
     source = here if os.path.exists(os.path.join(here, 'train.bin')) else there
@@ -69,7 +70,7 @@ def _token_files(dataset, peer, folder):
     return data
 
 
-def _train_peer(peer, peer_args, data, seed, out_dir):
+def train_peer(peer, peer_args, data, seed, out_dir):
     """The peer's Run; its console log is out_dir.log."""
     with open(os.path.join(peer, 'train.py'), encoding='utf-8') as f:
         has_seed = re.search(r'^seed\b.*=', f.read(), re.M)
@@ -87,27 +88,29 @@ def _train_peer(peer, peer_args, data, seed, out_dir):
     return theirs
 
 
-def _target(theirs, ours, data, out_dir):
-    """(the val loss to be reached, on which tokens)"""
-    same = {key: ours.config[key] for key in ('eval_iters', 'batch_size', 'device')}
+def target(theirs, same, data, out_dir):
+    """(the val loss to be reached, on which tokens); same: the keys by which this trainer evaluates itself."""
     try:
         printed = process.own('train.py', ['--init_from=resume', '--eval_only=True', *process.flags(
-            same | {'out_dir': out_dir, 'dataset': data})])
+            same | {'out_dir': out_dir, 'dataset': data, 'compile': False})])
         return float(re.findall(r'val loss ([\d.]+)', printed)[-1]), 'the same tokens'
     except InputError as e:
         return theirs.evals[-1]['val_loss'], f'as the peer printed it: {str(e).splitlines()[0]}'
 
 
-def _figures(theirs, ours, target, measured_on):
+def peer_figures(theirs):
     last = theirs.evals[-1]
-    iterations = last['iter']
-    peer = {'iterations': iterations, 'tokens': iterations * theirs.header['tokens_per_iter'],
-            'seconds': iterations * theirs.get('time_ms') / 1000, 'val_loss_printed': last['val_loss']}
+    return {'iterations': last['iter'], 'tokens': last['iter'] * theirs.header['tokens_per_iter'],
+            'seconds': last['iter'] * theirs.get('time_ms') / 1000, 'val_loss_printed': last['val_loss']}
+
+
+def figures(peer, ours, target, measured_on):
+    """Of this trainer's Run beside peer_figures()."""
     reached = next((e for e in ours.evals if e['val_loss'] <= target and e['iter'] > 0), None)
     here = reached and {'iterations': reached['iter'], 'tokens': reached['tokens'], 'val_loss': reached['val_loss'],
                         'seconds': reached['seconds'] + ours.get('time_ms') / 1000}  # the log's are without the first
-    speed = {who: run.header['tokens_per_iter'] / run.get('time_ms') * 1000 for who, run in
-             (('peer', theirs), ('here', ours))}
+    speed = {'peer': peer['tokens'] / peer['seconds'],
+             'here': ours.header['tokens_per_iter'] / ours.get('time_ms') * 1000}
     return {'target_val_loss': target, 'target_is': measured_on, 'peer': peer, 'here': here,
             'here_final_val_loss': ours.evals[-1]['val_loss'], 'tokens_per_s': speed,
             'ratio': here and {key: peer[key] / here[key] for key in ('seconds', 'iterations', 'tokens')}}

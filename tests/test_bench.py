@@ -1,8 +1,11 @@
 import base64
 import contextlib
+import importlib
 import io
 import json
+import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +17,16 @@ import bench.adapters
 import bench.data
 import bench.export
 import bench.formats
+import bench.gpu
 import bench.matmul
 import bench.sweep
 import corpus
 import hardware
 import matmul
+import model
 import runlog
 import tokenizer
-from bench import process
+from bench import gpu_rows, process
 from configurator import InputError, resolve
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
@@ -255,7 +260,9 @@ def test_every_recipe_has_its_rows_of_keys_that_train_has():
     (['--suite=matmul', '--widths=64,wide'], "widths='64,wide' must be"),
     (['--suite=matmul', '--recipes=fp8,int9'], "'int9' is not known: use int8"),
     (['--suite=formats', '--recipes=float33', *TRAIN], "'float33' is not known: use float32"),
-    (['--suite=formats', '--dataset=nothere'], 'no data in data/nothere')])
+    (['--suite=formats', '--dataset=nothere'], 'no data in data/nothere'),
+    (['--suite=gpu', f'--peer={ROOT}', '--device=cpu'], 'this suite is for a GPU'),
+    (['--suite=gpu', f'--peer={ROOT}', '--small=True', '--n_layer=3'], 'n_layer: this suite sets')])
 def test_bad_input(project, run_bench, argv, message):
     with pytest.raises(InputError, match=message):
         project._in_process('bench.py', ['--dest=figures.json', *argv])
@@ -390,3 +397,185 @@ def test_data(run_bench, monkeypatch, tmp_path):
     assert 'encode_ordinary_batch alone' in out and 'document_mask: 2 x 16 tokens by math attention' in out
     with pytest.raises(InputError, match='trains nothing'):
         run_bench('--suite=data', '--n_layer=1')
+
+
+# nanoGPT as the battery sees it: config files that are run, lines of training, a generate() that is called twice
+PEER_TRAIN = '''
+import os, sys
+device = 'cpu'
+keys = dict(arg[2:].split('=') for arg in sys.argv[1:] if arg.startswith('--'))
+torch = __import__('types').SimpleNamespace(manual_seed=lambda seed: None)
+for arg in sys.argv[1:]:
+    if not arg.startswith('--'):
+        print(open(arg).read())
+        exec(open(arg).read())
+tokens = int(keys['gradient_accumulation_steps']) * int(keys['batch_size']) * int(keys['block_size'])
+assert os.path.exists(keys['dataset'] + '/train.bin') and keys['compile'] == 'False'
+print(f'tokens per iteration will be: {tokens:,}')
+for i in range(int(keys['max_iters']) + 1):
+    if i % int(keys['eval_interval']) == 0:
+        loss = 'nan' if keys['eval_iters'] == '0' else f'{5.5 - i / 100:.4f}'
+        print(f'step {i}: train loss {loss}, val loss {loss}')
+    print(f'iter {i}: loss 2.0, time {400 if i else 9000:.2f}ms, mfu 1.00%')
+'''
+PEER_SAMPLE = '''
+import sys, time
+class GPT:
+    drawn = 0
+    def generate(self, idx, n, temperature):
+        GPT.drawn += 1
+        time.sleep(0.02 * GPT.drawn)
+        return self
+    def tolist(self):
+        return []
+keys = dict(arg[2:].split('=') for arg in sys.argv[1:] if arg.startswith('--'))
+exec(open(sys.argv[1]).read())
+for _ in range(int(keys['num_samples'])):
+    GPT().generate(None, int(keys['max_new_tokens']), temperature=1.0)
+    print('text')
+'''
+GPU = ['--suite=gpu', '--peer=peer', '--small=True', '--device=cpu']
+
+
+@pytest.fixture
+def run_gpu(project, run_bench, monkeypatch):
+    """The battery with some rows, all in this process but for a peer; returns (the figures, what it printed)."""
+    (project.folder / 'peer').mkdir()
+    (project.folder / 'peer' / 'train.py').write_text(PEER_TRAIN)
+    (project.folder / 'peer' / 'sample.py').write_text(PEER_SAMPLE)
+    monkeypatch.setattr(model.GPT, 'stream', model.GPT.stream)  # what the rows' config files change is put back
+    monkeypatch.setattr(torch, 'compile', torch.compile)
+
+    def child(session, call, module='gpu_rows'):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            eval(call, vars(importlib.import_module(f'bench.{module}')).copy())
+        return json.loads(out.getvalue().splitlines()[-1])
+    monkeypatch.setattr(gpu_rows.Session, 'child', child)
+    every = {(row.part, row.name): row for row in bench.gpu.rows()}
+
+    def run(names, *argv):
+        rows = [name if isinstance(name, bench.gpu.Row) else every[name] for name in names]
+        monkeypatch.setattr(bench.gpu, 'rows', lambda: rows)
+        measured, out = run_bench(*GPU, *argv)
+        return measured['figures'], out
+    return run
+
+
+def test_gpu_beside_nanogpt(project, run_gpu):
+    refused = bench.gpu.Row('memory', 'refused', 1, gpu_rows.train, gpu_rows.STEP | {'n_layers': 3})
+    figures, out = run_gpu([refused, *(('training_step', f'{who}, round {n}') for n in (1, 2)
+                                       for who in ('nanoGPT', 'here')),
+                            ('memory', 'LoRA'), ('race', 'nanoGPT'), ('race', 'here, 35 % of the tokens'),
+                            ('sampling', 'nanoGPT'), ('sampling', 'here'), ('more', 'wait for a batch')])
+    assert figures['small'] and figures['summary']['small'] and [card['when'] for card in figures['device']] == [
+        'before', 'after']
+    assert all(card['matmul_tflops'] > 0 and card['copy_gb_per_s'] > 0 for card in figures['device'])
+    assert "did you mean 'n_layer'" in figures['memory']['refused']['failed'] and 'refused: ' in out
+
+    steps, found = figures['training_step'], figures['summary']
+    there, here = ([steps[f'{who}, round {n}'] for n in (1, 2)] for who in ('nanoGPT', 'here'))
+    for row in there:  # 2 x 4 sequences of 32 tokens
+        assert row['ms_per_step'] == 400 and row['tokens_per_s'] == 256 / 0.4 and 0 < row['memory_gb'] < 1
+    assert found['speed_ratio'] == pytest.approx(sum(400 / row['ms_per_step'] for row in here) / 2)
+    mfu = found['mfu']
+    assert mfu['here'] / mfu['nanoGPT'] == pytest.approx(found['tokens_per_s']['here'] / 640)
+    assert mfu['nanoGPT'] == pytest.approx(640 * here[0]['flops_per_token'] / here[0]['peak_flops'])
+    command, = here[0]['commands']
+    assert command.startswith('here: python train.py --device=cpu') and '/tmp' not in command
+    assert figures['memory']['LoRA']['parameters'] > here[0]['parameters']
+
+    target, race = figures['race']['nanoGPT'], figures['race']['here, 35 % of the tokens']
+    assert target['target_val_loss'] == 5.3 and target['target_is'].startswith('as the peer printed it')
+    assert target['peer'] == {'iterations': 20, 'tokens': 5120, 'seconds': 8.0, 'val_loss_printed': 5.3}
+    assert race['here']['val_loss'] <= 5.3 and race['here']['tokens'] == 256 * race['here']['iterations'] <= 7 * 256
+    assert found['race']['fewer']['tokens'] == 5120 / race['here']['tokens']
+    sampling = figures['sampling']
+    assert sampling['nanoGPT']['tokens'] == sampling['here']['tokens'] == 20
+    assert 100 < sampling['nanoGPT']['tokens_per_s'] < 20 / 0.04  # the second text's; the first took half as long
+    assert figures['more']['wait for a batch']['waited_ms'] > 0
+    assert (project.folder / 'figures.png').exists()
+
+
+def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
+    monkeypatch.setattr(bench.gpu, 'facts', lambda session, keys: {'name': 'a card'})
+    calls = []
+
+    def run(name, fails=False):
+        def row(session, keys):
+            calls.append(name)
+            if fails:
+                raise KeyError('something')
+            return {'value': len(calls)}
+        return bench.gpu.Row('more', name, 100, row, {})
+    figures, out = run_gpu([run('a'), run('b', fails=True)])
+    assert figures['more']['a']['value'] == 1 and figures['more']['b']['failed'] == "KeyError: 'something'"
+    figures, out = run_gpu([run('a'), run('b'), run('c')])
+    assert calls == ['a', 'b', 'b', 'c'] and figures['more']['a']['value'] == 1 and len(figures['device']) == 4
+    assert 'failed' not in figures['more']['b'] and 'not measured' not in out
+    figures, out = run_gpu([run('a'), run('d')], '--minutes=0.3')  # less than is kept for the end
+    assert calls == ['a', 'b', 'b', 'c'] and 'not measured' in out and '  more: d' in out and 'more: a' not in out
+    with pytest.raises(InputError, match="no part 'moer': use more"):
+        run_gpu([run('a')], '--recipes=moer')
+    with pytest.raises(InputError, match="measured with dataset=None, not 'tiny'"):
+        run_gpu([run('a')], '--dataset=tiny')
+    (project.folder / 'figures.json').write_text('{"figures": []}')
+    with pytest.raises(InputError, match='no file of this suite'):
+        run_gpu([run('a')])
+    figures, _ = run_gpu([run('a')], '--dataset=tiny', '--restart=True')
+    assert calls[-1] == 'a' and len(figures['device']) == 2
+
+    def interrupted(session, keys):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run_gpu([run('e'), bench.gpu.Row('more', 'f', 1, interrupted, {})], '--dataset=tiny')
+    figures = json.loads((project.folder / 'figures.json').read_text())['figures']
+    assert 'value' in figures['more']['e'] and 'f' not in figures['more']
+
+
+def test_the_gpus_rows_have_keys_that_train_has():
+    rows = bench.gpu.rows()
+    assert len({(row.part, row.name) for row in rows}) == len(rows)
+    own = [row for row in rows if row.run in (gpu_rows.train, gpu_rows.by_number)]
+    for row in own:
+        given = {k: v for k, v in row.keys.items() if k not in ('memory_limit', 'optimizer_state') and v != 'selective'}
+        resolve(f'{ROOT}/train.py', options(given))
+
+
+def test_what_nvidia_smi_says(tmp_path, monkeypatch):
+    smi = tmp_path / 'nvidia-smi'
+    smi.write_text('#!/bin/sh\ntest "$1" = --id=GPU-12 && echo "580.1, 345, 1980, 3201, 75.10, 700.00, 31"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}', prepend=':')
+    found = gpu_rows.nvidia_smi(SimpleNamespace(uuid='12'))
+    assert found['clocks.sm'] == '345' and found['temperature.gpu'] == '31'
+    assert gpu_rows.nvidia_smi(SimpleNamespace(uuid='13')) == {}
+    smi.unlink()
+    monkeypatch.setenv('PATH', f'{tmp_path}')
+    assert gpu_rows.nvidia_smi(SimpleNamespace(uuid='12')) == {}
+
+
+@pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no process groups')
+def test_a_time_limit_leaves_nothing_running(tmp_path):
+    """A process that starts another, which holds a lock, and then interrupts this one; and one without any time."""
+    import fcntl
+    lock, script = tmp_path / 'lock', tmp_path / 'script.py'
+    holder = f'import fcntl, time; f = open({str(lock)!r}, "w"); fcntl.flock(f, fcntl.LOCK_EX); ' \
+             f'print(1, flush=True); time.sleep(600)'
+    script.write_text(f'''
+import os, signal, subprocess, sys, time
+subprocess.Popen([sys.executable, '-c', {holder!r}], stdout=subprocess.PIPE).stdout.readline()
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(600)
+''')
+    with pytest.raises(KeyboardInterrupt), process.time_limit(60):
+        process.run(None, str(script), [])
+    with open(lock, 'w') as f:
+        for _ in range(500):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.01)
+        else:
+            raise AssertionError('the other process still runs')
+    with pytest.raises(InputError, match='not done after 0 s'), process.time_limit(0):
+        process.run(None, str(script), [])
