@@ -9,6 +9,7 @@ Nothing of the machine is set. The card is read before and after, so that a cloc
 
 import json
 import os
+import re
 import signal
 import statistics
 import tempfile
@@ -89,7 +90,7 @@ def rows():
         Row('race', 'here, 20 % of the tokens', 105, race_here, dict(share=0.2)),
         Row('sampling', 'nanoGPT', 45, sample_peer, {}),
         Row('sampling', 'here', 30, sample, dict(compile=False)),
-        Row('sampling', 'here, compiled', 60, sample, dict(compile=True)),
+        Row('sampling', 'here, compiled', 90, sample, dict(compile=True)),
         *step, *memory,
         Row('race', 'here, 12 % of the tokens', COLD, race_here, dict(share=0.12)),
         Row('race', 'here, 35 % of the tokens', COLD, race_here, dict(share=0.35)),
@@ -139,17 +140,16 @@ def measure(config, train_args, picture):
         with tempfile.TemporaryDirectory() as folder:
             os.environ |= {name: os.path.join(folder, name) for name in cache}  # shared by the rows, and then gone
             session = Session(peer, device, small, options['dataset'], folder, figures)
-
             _read_card(session, 'before')
             for row in chosen:
-                done = figures.setdefault(row.part, {})
-                if 'failed' in done.get(row.name, {'failed': ''}):
-                    left = end - LAST - time.monotonic()
-                    if (5 if small else row.seconds) > left:
-                        not_reached.append(row)
-                        continue
-                    done[row.name] = _measured(session, row, min(left, 3 * row.seconds))
-                    process.write_json(config['dest'], {'figures': figures})
+                done, left = figures.setdefault(row.part, {}), end - LAST - time.monotonic()
+                if row.name in done and _final(done[row.name]):
+                    continue
+                if (5 if small else row.seconds) > left:
+                    not_reached.append(row)
+                    continue
+                done[row.name] = _measured(session, row, min(left, 3 * row.seconds))
+                process.write_json(config['dest'], {'figures': figures})
             _read_card(session, 'after')
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -182,6 +182,11 @@ def _begun(dest, settings, restart):
     return figures
 
 
+def _final(found):
+    """Whether a row need not be tried again: it has figures, or the memory does not suffice, which is a finding too."""
+    return 'failed' not in found or re.search(r'out of (GPU )?memory', found['failed'])
+
+
 def _read_card(session, when):
     session.figures['device'].append({'when': when, **_measured(session, Row('device', when, 0, facts, {}), 2 * LAST)})
 
@@ -195,7 +200,8 @@ def _measured(session, row, seconds):
     except Exception as e:  # whatever it is, the other rows are still measured
         reason = str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
         found = {'failed': session.plain(reason.partition('\n')[0])[:300]}
-    found = {**found, 'seconds': time.perf_counter() - start, 'commands': session.commands}
+    found = {**found, 'seconds': time.perf_counter() - start, 'date': time.strftime('%Y-%m-%d'),
+             'commands': session.commands}
     shown = found.get('failed') or ', '.join(f'{key} {value:,.4g}' for key, value in found.items()
                                              if key in SHOWN and isinstance(value, float))
     print(f'{row.part}: {row.name}: {shown or "done"} ({found["seconds"]:.0f} s)', flush=True)

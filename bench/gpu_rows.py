@@ -73,13 +73,16 @@ class Session:
     def tokens(self, name):
         """
         A data folder: 'tokens', random ones of GPT-2's vocabulary with an end of text now and then, 'chars', of 65
-        characters, 'code', the installed packages' source in bytes, or else data/<name>.
+        characters, 'code', the installed packages' source in bytes, or else data/<name>, here or nanoGPT's.
         """
         folder = self.path(name)
-        if name not in ('tokens', 'chars', 'code') or os.path.exists(folder):
-            return folder if os.path.exists(folder) else os.path.join(os.getcwd(), 'data', name)
+        if name not in ('tokens', 'chars', 'code'):
+            return race.token_files(name, self.peer, tempfile.mkdtemp(dir=self.folder))
+        if os.path.exists(folder):
+            return folder
         if name == 'code' and not self.small:
-            self.child(f'prepare_code({folder!r}, {CODE_TOKENS})')
+            self.child(f'prepare_code({folder + "-begun"!r}, {CODE_TOKENS})')
+            os.rename(folder + '-begun', folder)
             return folder
         os.makedirs(folder)
         rng = np.random.default_rng(0)
@@ -119,8 +122,12 @@ def _write_meta(folder, n):
 
 
 def prepare_code(folder, tokens):
-    source = Source(installed_code())
-    corpus.prepare(folder, source, Bytes(), corpus.SomeDocuments(0.05), tokens)
+    """The source of the installed packages in bytes, in one file of each split, as nanoGPT reads it."""
+    corpus.prepare(folder, Source(installed_code(), name='installed packages'), Bytes(), corpus.SomeDocuments(0.05),
+                   tokens, shard=2 * tokens)
+    for split in ('train', 'val'):
+        path, = corpus.files_of(folder, split)
+        os.replace(path, os.path.join(folder, f'{split}.bin'))
     print(tokens)
 
 
@@ -254,13 +261,15 @@ def sample(session, keys):
     hook = session.file('stream.py', '''import time
 import model
 _stream = model.GPT.stream
-def _timed(*args):
-    for _ in _stream(*args):
+def _timed(*args, **keys):
+    for ids in _stream(*args, **keys):
         pass
+    ids.tolist()
     start, n = time.perf_counter(), 0
-    for ids in _stream(*args):
+    for ids in _stream(*args, **keys):
         yield ids
         n += 1
+    ids.tolist()
     print(f'\\ndrawn {n} {time.perf_counter() - start}')
 model.GPT.stream = _timed
 ''')
@@ -348,12 +357,12 @@ def read_device(name, dtype, small):
 
 
 def nvidia_smi(properties):
-    """The driver, clocks in MHz, power in W and temperature in C, as nvidia-smi says; {} where there is none."""
-    asked = 'driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu'
+    """Driver, clocks in MHz, power in W and temperature in C of this card, as nvidia-smi says; {} if it does not."""
+    asked = 'uuid,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu'
     try:
-        said = subprocess.run(['nvidia-smi', f'--id=GPU-{properties.uuid}', f'--query-gpu={asked}',
-                               '--format=csv,noheader,nounits'], capture_output=True, text=True, timeout=10)
+        said = subprocess.run(['nvidia-smi', f'--query-gpu={asked}', '--format=csv,noheader,nounits'],
+                              capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    values = said.stdout.strip().split(', ')
-    return dict(zip(asked.split(','), values, strict=True)) if len(values) == asked.count(',') + 1 else {}
+    cards = [dict(zip(asked.split(','), line.split(', '), strict=False)) for line in said.stdout.splitlines()]
+    return next((card for card in cards if f'{properties.uuid}' in card.pop('uuid')), {})

@@ -500,20 +500,23 @@ def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
     monkeypatch.setattr(bench.gpu, 'facts', lambda session, keys: {'name': 'a card'})
     calls = []
 
-    def run(name, fails=False):
+    def run(name, fails=None):
         def row(session, keys):
             calls.append(name)
             if fails:
-                raise KeyError('something')
+                raise fails
             return {'value': len(calls)}
         return bench.gpu.Row('more', name, 100, row, {})
-    figures, out = run_gpu([run('a'), run('b', fails=True)])
+    full = run('full', InputError('out of GPU memory with batch_size=4: take less\n  in: train.py'))
+    figures, out = run_gpu([run('a'), run('b', KeyError('something'))])
     assert figures['more']['a']['value'] == 1 and figures['more']['b']['failed'] == "KeyError: 'something'"
-    figures, out = run_gpu([run('a'), run('b'), run('c')])
-    assert calls == ['a', 'b', 'b', 'c'] and figures['more']['a']['value'] == 1 and len(figures['device']) == 4
+    figures, out = run_gpu([run('a'), run('b'), full])
+    assert calls == ['a', 'b', 'b', 'full'] and figures['more']['a']['value'] == 1 and len(figures['device']) == 4
     assert 'failed' not in figures['more']['b'] and 'not measured' not in out
-    figures, out = run_gpu([run('a'), run('d')], '--minutes=0.3')  # less than is kept for the end
-    assert calls == ['a', 'b', 'b', 'c'] and 'not measured' in out and '  more: d' in out and 'more: a' not in out
+    assert figures['more']['full']['failed'] == 'out of GPU memory with batch_size=4: take less'
+    # less time than is kept for the end; that the memory did not suffice need not be found again
+    figures, out = run_gpu([run('a'), full, run('d')], '--minutes=0.3')
+    assert calls == ['a', 'b', 'b', 'full'] and 'not measured' in out and '  more: d' in out and 'more: a' not in out
     with pytest.raises(InputError, match="no part 'moer': use more"):
         run_gpu([run('a')], '--recipes=moer')
     with pytest.raises(InputError, match="measured with dataset=None, not 'tiny'"):
@@ -541,13 +544,27 @@ def test_the_gpus_rows_have_keys_that_train_has():
         resolve(f'{ROOT}/train.py', options(given))
 
 
+def test_the_gpus_text_is_in_files_that_nanogpt_reads(tmp_path, monkeypatch):
+    (tmp_path / 'packages').mkdir()
+    for i in range(50):
+        (tmp_path / 'packages' / f'{i}.py').write_text(f'{i:03d}\n' * 100)
+    monkeypatch.setattr(gpu_rows, 'installed_code', lambda: [str(p) for p in sorted((tmp_path / 'packages').iterdir())])
+    for tokens in (5000, 10 ** 6):  # some of them, and all
+        folder = tmp_path / str(tokens)
+        gpu_rows.prepare_code(str(folder), tokens)
+        sizes = [(folder / f'{split}.bin').stat().st_size // 2 for split in ('train', 'val')]
+        assert sizes[0] == 5000 if tokens == 5000 else 45 * 400 < sum(sizes) <= 50 * 401
+        assert tokenizer.paths_of(str(folder), 'train') == [str(folder / 'train.bin')]
+
+
 def test_what_nvidia_smi_says(tmp_path, monkeypatch):
     smi = tmp_path / 'nvidia-smi'
-    smi.write_text('#!/bin/sh\ntest "$1" = --id=GPU-12 && echo "580.1, 345, 1980, 3201, 75.10, 700.00, 31"\n')
+    smi.write_text('#!/bin/sh\necho "GPU-11, 580.1, 345, 1980, 3201, 75.10, 700.00, 31"\n'
+                   'echo "GPU-12, 580.1, 1980, 1980, 3201, 690.10, 700.00, 61"\n')
     smi.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}', prepend=':')
     found = gpu_rows.nvidia_smi(SimpleNamespace(uuid='12'))
-    assert found['clocks.sm'] == '345' and found['temperature.gpu'] == '31'
+    assert found['clocks.sm'] == '1980' and found['temperature.gpu'] == '61' and 'uuid' not in found
     assert gpu_rows.nvidia_smi(SimpleNamespace(uuid='13')) == {}
     smi.unlink()
     monkeypatch.setenv('PATH', f'{tmp_path}')
