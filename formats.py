@@ -10,7 +10,6 @@ https://arxiv.org/abs/2509.25149 (NVFP4), https://arxiv.org/abs/2501.17116 (FP4 
 https://arxiv.org/abs/2402.17764 (ternary), https://arxiv.org/abs/2305.14314 (NF4).
 """
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -53,8 +52,10 @@ class Float:
         steps = steps.round() if noise is None else (steps + noise).floor()
         return (steps * ulp).clamp(-self.max, self.max)
 
-    @functools.cached_property
-    def grid(self):
+    def __post_init__(self):  # not at its first use, which may be where all tensors are without data
+        object.__setattr__(self, 'grid', self._grid())
+
+    def _grid(self):
         """The numbers that are not negative, in order: the code of a number is its place."""
         normal = [2.0 ** e * (1 + m / 2 ** self.mantissa)
                   for e in range(self.min_exponent, self.max_exponent + 1) for m in range(2 ** self.mantissa)]

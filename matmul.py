@@ -398,19 +398,11 @@ def relative_time(name, device, dtype, rows, n_in, n_out, compile=False, **optio
     return min(followed) / min(ordinary)
 
 
-class WideEmbedding(nn.Embedding):
-    """A table held in bfloat16, looked up in float32, so that the residual stream stays float32."""
-
-    def forward(self, idx):
-        return super().forward(idx).float()
-
-
 def hold_in_bfloat16(model):
     """The model's matrices and tables in half the memory; vectors stay float32."""
     for p in model.parameters():
         if p.dim() >= 2:
             p.data = p.data.bfloat16()
-    model.transformer.wte.__class__ = WideEmbedding
 
 
 # Inference with ternary weights.

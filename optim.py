@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.adamw import adamw as adamw_update
 
+import parallel
 from formats import E4M3, to_bfloat16_stochastically
 
 # Polar Express (https://arxiv.org/abs/2505.16932): x -> a x + b x^3 + c x^5, with the (a, b, c) of the first, the
@@ -182,8 +183,8 @@ class Muon(torch.optim.Optimizer):
     without `parts` are AdamW's.
 
     A parameter with n parts is n matrices below each other. Matrices of one shape, or of its transpose, go through the
-    orthogonalisation together. An update is -lr sqrt(max(1, rows / columns)) times a matrix with singular values
-    near 1. dtype: that of the orthogonalisation.
+    orthogonalisation together; of parameters that processes share each does some. An update is -lr sqrt(max(1, rows /
+    columns)) times a matrix with singular values near 1. dtype: that of the orthogonalisation.
     """
 
     def __init__(self, groups, iterations, dtype, keep):
@@ -199,6 +200,7 @@ class Muon(torch.optim.Optimizer):
                 _adamw_step(group, self.state, self.moments)
 
     def _muon(self, group):
+        shares = []  # (parameter, update, learning rate, parts)
         batches = defaultdict(list)  # shape -> (weight, update, learning rate) of its matrices, none of them tall
         decay = 1 - group['lr'] * group['weight_decay']
         for p, parts in zip(group['params'], group['parts'], strict=True):
@@ -212,9 +214,14 @@ class Muon(torch.optim.Optimizer):
             first.write(self.state[p]['momentum'], velocity)
             update = grad.lerp(velocity, group['momentum'])  # Nesterov's
             lr = group['lr'] * max(1, p.size(0) / parts / p.size(1)) ** 0.5
+            if parallel.is_share(p):
+                shares.append((p, update, lr, parts))
+                continue
             for matrices in zip(p.chunk(parts), update.chunk(parts), strict=True):
                 weight, update = (m.mT if m.size(0) > m.size(1) else m for m in matrices)
                 batches[weight.shape].append((weight, update, lr))
+        if shares:
+            self._muon_shares(shares, decay)
         for batch in batches.values():
             updates = orthogonalize(torch.stack([update for _, update, _ in batch]), self.iterations, self.dtype)
             for (weight, _, lr), update in zip(batch, updates, strict=True):
@@ -223,12 +230,25 @@ class Muon(torch.optim.Optimizer):
                 else:
                     weight.copy_(to_bfloat16_stochastically(weight.float().mul_(decay).sub_(update, alpha=lr)))
 
+    def _muon_shares(self, shares, decay):
+        shares.sort(key=lambda share: share[0].numel())  # processes that work side by side are to take the same time
+
+        def orthogonal(i, update):
+            matrices = update.unflatten(0, (shares[i][-1], -1))
+            if matrices.size(1) > matrices.size(2):
+                return orthogonalize(matrices.mT, self.iterations, self.dtype).mT.flatten(0, 1)
+            return orthogonalize(matrices, self.iterations, self.dtype).flatten(0, 1)
+        for i, update in parallel.one_each([update for _, update, _, _ in shares], orthogonal):
+            p, _, lr, _ = shares[i]
+            p.to_local().mul_(decay).sub_(update, alpha=lr)
+
     def flops(self):
-        """FLOPs of a step's orthogonalisations."""
+        """FLOPs of a step's orthogonalisations in each process; of shares each does its part."""
         total, n = 0, self.iterations
         for group in self.param_groups:
             for p, parts in zip(group['params'], group.get('parts', ()), strict=False):
                 rows, columns = sorted((p.size(0) // parts, p.size(1)))
+                parts = parts / p.device_mesh.size() if parallel.is_share(p) else parts
                 if _by_small_side(p.device, self.dtype, rows, columns):
                     total += parts * (2 * 2 * rows ** 2 * columns + (4 * n - 3) * 2 * rows ** 3)
                 else:
@@ -282,7 +302,7 @@ def load_state(optimizer, state):
             optimizer.state[p] = {
                 key: torch.as_tensor(saved, dtype=torch.float32, device=p.device if fused else 'cpu') if key == 'step'
                 else _kept_as(moments[key == 'exp_avg_sq'], MOMENTS['8bit'][key == 'exp_avg_sq'], saved, p)
-                for key, saved in state['state'][i].items()}
+                for key, saved in parallel.share(state['state'][i], p).items()}
 
 
 def _kept_as(how, in_8_bits, saved, p):

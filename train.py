@@ -18,13 +18,12 @@ import time
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import adapter_files
 import checkpoint
 import hardware
 import optim
+import parallel
 import tokenizer
 from adapters import attach, hold_base, hold_linears_in, low_rank_Bs, training_bytes
 from configurator import InputError, configure, describe, inherit
@@ -151,6 +150,8 @@ cuda_graphs = False  # on a GPU, compiled: replay each micro-step as CUDA graphs
 # ... to launch than to run: models of a few million parameters
 peak_flops: float | None = None  # FLOP/s that MFU is measured against; None: the datasheet's, or measured
 backend: str | None = None  # torch.distributed's, with torchrun; None: nccl on GPUs, gloo on CPUs
+sharding = ''  # with torchrun, '': each process holds the whole model; 'fsdp': its share of the weights, gradients and
+# ... moments alone, for models that do not fit one GPU
 seed = 1337  # of initial weights, data order and dropout
 # ----------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals())
@@ -163,7 +164,7 @@ ADAPTER = ('adapter', 'adapter_from', 'adapter_r', 'adapter_targets', 'lora_alph
            'base_format')
 if resuming:
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-    resumed = checkpoint.load(ckpt_path)
+    resumed = checkpoint.load(ckpt_path, mmap=sharding != '')  # of which each process then reads its share
     model_config = GPTConfig.from_saved(resumed['model_args'])
     saved = resumed.get('config', {}) | {key: getattr(model_config, key) for key in ARCHITECTURE}
     if 'adapter' in resumed:  # whose sequences may be shorter than those of its base
@@ -173,8 +174,8 @@ if resuming:
             raise InputError(f'{ckpt_path} has {key}={saved.get(key, "")}, but this run asks for {config[key]}: leave '
                              f'{key} out, or begin a new run in another out_dir')
     inherit(globals(), config, given, saved, ckpt_path, except_keys=(
-        'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'compile', 'backend', 'peak_flops',
-        'base'))
+        'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'compile', 'backend', 'sharding',
+        'peak_flops', 'base'))
     if train_minutes and resumed.get('train_seconds', 0.0) >= 60 * train_minutes and not eval_only:
         raise InputError(f'{ckpt_path} has trained its train_minutes={train_minutes}: give more, or --train_minutes=0 '
                          f'for all of max_iters={max_iters}')
@@ -192,10 +193,11 @@ for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batc
     if config[key] not in (None, 'auto') and config[key] < least:
         raise InputError(f'{key}={config[key]} must be at least {least}')
 for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd'),
-                   'weights_dtype': ('float32', 'bfloat16'), 'checkpoint_activations': (False, True, 'selective'),
+                   'weights_dtype': ('float32', 'bfloat16'), 'sharding': ('', 'fsdp'),
+                   'checkpoint_activations': (False, True, 'selective'),
                    'optimizer_state': tuple(optim.MOMENTS)}.items():
     if config[key] not in known:
-        raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(map(str, known))}')
+        raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(str(k) for k in known if k != "")}')
 if isinstance(batch_size, str) and batch_size != 'auto':
     raise InputError(f'batch_size={batch_size!r} must be a number, or auto')
 if muon_iterations > len(optim.POLAR_EXPRESS):
@@ -234,12 +236,24 @@ if peak_flops is not None and peak_flops <= 0:
     raise InputError(f'peak_flops={peak_flops} must be above 0')
 
 # processes: one, or torchrun's
-ddp = 'RANK' in os.environ
-rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+torchrun, rank, world_size = parallel.find_processes()
 master = rank == 0
 device = hardware.find_device(device)
-if ddp and device.type == 'cuda':
+if torchrun and device.type == 'cuda':
     device = hardware.find_device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}')
+if sharding:
+    for refused, why in (
+            (not torchrun, 'is for several processes: start train.py by torchrun --standalone --nproc_per_node=2 '
+                           'train.py ..., or leave it out'),
+            (device.type not in ('cuda', 'cpu'), f'is for GPUs of CUDA, and CPUs: leave it out on {device.type}'),
+            (optimizer_state != 'float32', f'with optimizer_state={optimizer_state}: the shares of moments are in '
+                                           f'float32; leave optimizer_state out'),
+            (batch_size == 'auto', 'with batch_size=auto: a size is tried by one process alone; give a number'),
+            (weights_dtype != 'float32', f'with weights_dtype={weights_dtype}: the shares are in float32, and gathered '
+                                         f'in dtype; leave weights_dtype out'),
+            (prune, f'with prune={prune}: the smallest weights of a matrix are found where it is whole; leave it out')):
+        if refused:
+            raise InputError(f'sharding={sharding} {why}')
 
 # the step: of total_batch_size and gradient_accumulation_steps the one that is set, or was set last, rules
 if total_batch_size is not None and gradient_accumulation_steps is not None:
@@ -287,11 +301,11 @@ if compile == 'auto':
     compile, compile_reason = hardware.can_compile(device)
 elif isinstance(compile, str):
     raise InputError(f'compile={compile!r} must be auto, True or False')
-if cuda_graphs and not (compile and device.type == 'cuda'):
-    raise InputError('cuda_graphs needs a GPU and compile: leave it out')
-if ddp:
+if cuda_graphs and (torchrun or not compile or device.type != 'cuda'):
+    raise InputError('cuda_graphs is for one process on a GPU, compiled: leave it out')
+if torchrun:
     backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
-    dist.init_process_group(f'cpu:gloo,cuda:{backend}' if device.type == 'cuda' else backend)
+    parallel.start(device, backend)
 if master and not eval_only:
     checkpoint.check_writable(out_dir)
 
@@ -303,8 +317,7 @@ if prepare_data and master and not glob.glob(os.path.join(glob.escape(data_dir),
     print(f'preparing {data_dir} ...', flush=True)
     if subprocess.run([sys.executable, os.path.join(data_dir, 'prepare.py')]).returncode:
         raise InputError(f'python {data_dir}/prepare.py failed')
-if ddp:
-    dist.barrier()
+parallel.wait()
 if not os.path.isdir(data_dir):
     there = ', '.join(sorted(os.path.basename(os.path.dirname(f)) for f in glob.glob('data/*/'))) or 'nothing'
     raise InputError(f'no data in {data_dir}: set dataset to a folder in data/, where there is {there}')
@@ -335,6 +348,13 @@ if trained:
             raise InputError(f'{adapter_from} has {key}={value}, but this run asks for {config[key]}: leave {key} out')
     config |= own
     adapter = own['adapter']
+    for refused, why in (
+            (base_format == 'nf4', 'base_format=nf4: a base in 4 bits would be whole in every process; use '
+                                   'base_format=bfloat16'),
+            (adapter in ('prompt', 'prefix'), f'adapter={adapter}, which begins as what the whole model makes of a '
+                                              f'text; use another adapter')) if sharding else ():
+        if refused:
+            raise InputError(f'sharding={sharding} with {why}, or leave sharding out')
     base_path = checkpoint.find(init_from)
     if base_path and not eval_only and os.path.realpath(out_dir) == os.path.realpath(os.path.dirname(base_path)):
         raise InputError(f'out_dir={out_dir} is where the base is, which the adapter needs: choose another out_dir')
@@ -377,10 +397,8 @@ if dtype == 'auto' and resuming and resumed.get('dtype', {}).get(device.type):
     dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
 width = model.config.n_embd
 dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, width, 4 * width))
-if ddp:  # 'auto' tries things out: the first process decides
-    agreed = [dtype, dtype_reason, compile, compile_reason]
-    dist.broadcast_object_list(agreed)
-    dtype, dtype_reason, compile, compile_reason = agreed
+# 'auto' tries things out: the first process decides
+dtype, dtype_reason, compile, compile_reason = parallel.of_master((dtype, dtype_reason, compile, compile_reason))
 if weights_dtype != 'float32' and dtype != weights_dtype:
     raise InputError(f'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
 if base_format == 'bfloat16' and dtype != 'bfloat16':
@@ -418,7 +436,10 @@ if checkpoint_activations:
     model.checkpoint_activations(checkpoint_activations)
 if weights_dtype == 'bfloat16':
     hold_in_bfloat16(model)
-model.to(device)
+if sharding:  # a recipe rounds float32 weights, and of an adapter's some are not for matmuls
+    parallel.shard(model, device, None if matmul or trained else hardware.DTYPES[dtype], compile)
+else:
+    model.to(device)
 matmul_how, matmul_now = f'in {dtype}', matmul
 if matmul_until is None:
     matmul_until = RECIPES[matmul].until if matmul in RECIPES else 1.0
@@ -480,21 +501,10 @@ if resuming:
 pruning = optim.Pruning([layer.weight for layer in layers(model)], prune, prune_start * (max_iters - 1),
                         prune_end * (max_iters - 1), iter_num)
 
-raw_model = model
-if compile:
+raw_model, replicated = model, torchrun and not sharding
+if compile and not sharding:
     model.compile(mode='reduce-overhead' if cuda_graphs else None)
-if ddp:
-    model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                    broadcast_buffers=False)  # they are constants
 autocast = hardware.autocast(device, dtype)
-
-
-def of_master(value):
-    """The first process's value, everywhere."""
-    if ddp:
-        value = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(value, 0)
-    return float(value)
 
 
 def forecast():
@@ -520,9 +530,12 @@ if choose_batch_size:
     if master:
         batch_size, batch_size_reason = fastest(divisors(total_batch_size // block_size // world_size),
                                                 micro_step_seconds, forecast(), memory_there, device)
-    batch_size = int(of_master(batch_size))
+    batch_size = parallel.of_master(batch_size)
     gradient_accumulation_steps = total_batch_size // block_size // batch_size
     micro_steps = gradient_accumulation_steps // world_size
+if replicated:
+    model = parallel.replicate(model, device)
+train_loss = raw_model.loss if sharding else lambda x, y: model(x, y)[1]
 batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
 
 # header
@@ -540,6 +553,10 @@ if trained:
         f'adapter: {adapter}, {n_trained / n_params:.2%} of the parameters, on a base in {base_format}; weights, '
         f"gradients and AdamW's moments take {training_bytes(raw_model) / 1e6:,.1f} MB, in full finetuning "
         f'{full_bytes / 1e6:,.1f}\n')
+sharded_how = ''
+if sharding:
+    share = sum(p.to_local().numel() for p in raw_model.parameters()) / raw_model.n_params()
+    sharded_how = f'sharding: {sharding}, here {share:.1%} of the weights, their gradients and moments\n'
 muon_adds = ''
 if isinstance(optimizer, optim.Muon):
     share = optimizer.flops() / (flops_per_token * tokens_per_iter / world_size)
@@ -549,7 +566,7 @@ if master:
           f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
           f'{attn_backend}{", within documents" if document_mask else ""} ({attn_reason}); '
           f'{"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
-          f'matmuls of the blocks: {matmul_how}\n{adapter_how}'
+          f'matmuls of the blocks: {matmul_how}\n{adapter_how}{sharded_how}'
           f'peak for MFU: {peak / 1e12:.4g} TFLOP/s ({peak_source})\n'
           f'data: {data_dir}, {train_tokens.n_tokens:,} + {val_tokens.n_tokens:,} tokens, vocabulary {n_ids}\n'
           f'model: {init_from}, {n_params:,} parameters, {n_trained:,} trained; '
@@ -574,28 +591,32 @@ if master and not eval_only:
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss over the same tokens every time, of each split."""
+    """Mean loss over the same tokens every time, of each split: the first process's, for all decide by it."""
     raw_model.eval()
     losses = {}
-    for split, tokens in (('train', train_tokens), ('val', val_tokens)):
+    for split, tokens in (('train', train_tokens), ('val', val_tokens)) if master or sharding else ():
         total, n = 0.0, 0
         for x, y in eval_batches(tokens, batch_size, eval_iters, device):
             with autocast:
                 total, n = total + raw_model.loss(x, y), n + 1
         losses[split] = (total / n).item()
     raw_model.train()
-    return losses
+    return parallel.of_master(losses)
 
 
 def save(best):
-    print(f'saving checkpoint to {out_dir}')
-    weights, of_adapter = raw_model.state_dict(), {}
+    weights, of_adapter = raw_model.state_dict(keep_vars=True), {}
     if trained:
         weights, of_adapter = adapter_files.tensors_of(raw_model), {'adapter': trained.to_save()}
+    weights, moments = parallel.whole(weights), parallel.whole(optimizer.state_dict())
+    if not master:
+        return
+    print(f'saving checkpoint to {out_dir}')
+    if trained:
         if best or best_iter == 0:  # the best, or as long as none is better than the base, the newest
             adapter_files.write(out_dir, replace(trained, tensors=weights), raw_model.config)
     checkpoint.save(out_dir, {
-        **of_adapter, 'model': weights, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+        **of_adapter, 'model': weights, 'optimizer': moments, 'scaler': scaler.state_dict(),
         'model_args': raw_model.config.to_save(), 'config': config, 'tokenizer': meta['tokenizer'],
         'dtype': {device.type: dtype}, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
         'last_eval': last_eval, 'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,
@@ -604,21 +625,17 @@ def save(best):
 
 
 def check_finite(val_loss=0.0):
-    """Raises InputError if a loss or gradient was not, before anything worse is saved. Waits for the device."""
-    bad = iter_num if not math.isfinite(val_loss) else int(first_bad) if first_bad.isfinite() else None
+    """
+    Raises InputError if a loss or gradient was not, of any process, before anything worse is saved. Waits for the
+    device.
+    """
+    first = parallel.least(first_bad).item()
+    bad = iter_num if not math.isfinite(val_loss) else int(first) if math.isfinite(first) else None
     if bad is not None:
         if log:
             log.close(failed=True)
         raise InputError(f'the loss or its gradient is not finite at iter {bad}: stopped; a checkpoint in {out_dir} is '
                          f'from before. Try a lower learning_rate, a longer warm-up, or dtype=float32')
-
-
-def any_process(flag):
-    """True everywhere if it is True anywhere, so that all processes stop at the same step."""
-    if ddp:
-        flag = torch.tensor(int(flag))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 # the first Ctrl-C (or SIGTERM) stops the run at the end of a step, with a checkpoint; the second at once
@@ -651,7 +668,7 @@ x, y = batches.get(iter_num, 0, device)
 while True:
     at = iter_num  # where the schedule is
     if train_minutes:
-        at = max(at, max_iters * of_master(past_seconds + clock.seconds()) / (60 * train_minutes))
+        at = max(at, max_iters * parallel.of_master(past_seconds + clock.seconds()) / (60 * train_minutes))
     if not decay_lr:
         lr_factor = 1.0
     elif schedule == 'wsd':
@@ -666,32 +683,34 @@ while True:
         matmul_now = ''
 
     # evaluate and save
-    if any_process(interrupted):
-        if master and not eval_only and iter_num > first_iter:
+    stopped = parallel.any_process(interrupted)
+    if stopped:
+        if not eval_only and iter_num > first_iter:
             check_finite()
             save(best=False)
-            print(f'stopped at iter {iter_num}; go on with --init_from=resume --out_dir={out_dir}')
+            if master:
+                print(f'stopped at iter {iter_num}; go on with --init_from=resume --out_dir={out_dir}')
         break
-    out_of_time = max_minutes and any_process(time.perf_counter() - started > 60 * max_minutes)
+    out_of_time = max_minutes and parallel.any_process(time.perf_counter() - started > 60 * max_minutes)
     finished = at >= max_iters or out_of_time
     if eval_only or (finished or iter_num % eval_interval == 0) and iter_num != last_eval:
         clock.stop()
         gc.collect()
+        losses, last_eval = evaluate(), iter_num
+        check_finite(losses['val'])
         if master:
-            losses = evaluate()
-            check_finite(losses['val'])
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
-            last_eval = iter_num
         if log:
             log.write({'iter': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr,
                        'tokens': iter_num * tokens_per_iter, 'seconds': past_seconds + clock.total})
+        if not eval_only:
             best = losses['val'] < best_val_loss
             if best:
                 best_val_loss, best_iter = losses['val'], iter_num
             evals_since_best = 0 if best else evals_since_best + 1
             if iter_num > 0 and (best or always_save_checkpoint):
                 save(best)
-    if finished or eval_only or patience and any_process(evals_since_best >= patience):
+    if finished or eval_only or patience and evals_since_best >= patience:
         break
 
     # forward, backward, update
@@ -701,12 +720,12 @@ while True:
     step_loss = torch.zeros((), device=device)
     with out_of_memory_advice(batch_size, gradient_accumulation_steps, memory_there, forecast):
         for micro_step in range(micro_steps):
-            if ddp:  # gradients are averaged over the processes once, after the last micro-batch
+            if replicated:  # gradients are averaged over the processes once, after the last micro-batch
                 model.require_backward_grad_sync = micro_step == micro_steps - 1
             if cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             with autocast:
-                _, loss = model(x, y)
+                loss = train_loss(x, y)
             # the next batch, while the device computes
             x, y = batches.get(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps, device)
             scaler.scale(loss / micro_steps).backward()
@@ -714,6 +733,8 @@ while True:
         if grad_clip:
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+            if sharding:
+                grad_norm = grad_norm.full_tensor()
         if weights_dtype != 'float32' or optimizer_state == '8bit':  # stochastic rounding, the same in every process
             hardware.seed(device, (seed << 32) + 2 ** 31 + iter_num)
         scaler.step(optimizer)
@@ -727,9 +748,7 @@ while True:
     # TRAINING SECTION END: what follows only reports
 
     if iter_num % log_interval == 0 or iter_num == first_iter:
-        if ddp:
-            dist.all_reduce(step_loss)
-            step_loss /= world_size
+        step_loss = parallel.mean(step_loss)
         check_finite()
         seconds = clock.lap() / (iter_num + 1 - lap_start)
         lap_start = iter_num + 1
@@ -761,20 +780,19 @@ if master and laps:
           f'{tokens_per_iter / seconds / 1000:.1f}k tok/s, mfu '
           f'{flops_per_token * tokens_per_iter / seconds / (peak * world_size) * 100:.1f}%; '
           f'lowest val loss {best_val_loss:.4f} at iter {best_iter}')
-if master and sample_tokens and not interrupted:
+if (master or sharding) and sample_tokens and not stopped:
     raw_model.eval()
     raw_model.undo_compile()
     if sample_ids is None:
         sample_ids = next(eval_batches(val_tokens, 1, 1, device))[0][0, :16].tolist()
+    if sharding:  # all processes draw the same
+        hardware.seed(device, seed)
     with autocast:
         ids = raw_model.generate(torch.tensor([sample_ids], device=device), sample_tokens, temperature=0.8, top_k=200,
                                  eot=text.eot, window_step=max(1, block_size // 8))
-    print(f'{"-" * 40} a sample {"-" * 40}\n{text.decode([i for i in ids[0].tolist() if i != text.eot])}')
+    if master:
+        print(f'{"-" * 40} a sample {"-" * 40}\n{text.decode([i for i in ids[0].tolist() if i != text.eot])}')
 if log:
     log.close()
-if ddp:
-    dist.barrier()
-    dist.destroy_process_group()
-    # all is saved. An ordinary exit ends torch's threads in an order that aborts the process in one gloo run of 20
-    sys.stdout.flush()
-    os._exit(0)
+if torchrun:
+    parallel.end()

@@ -115,10 +115,10 @@ def test_documents_are_kept_apart_also_after_a_resume(project, attn_backend):
     setup = dict(dataset='documents', arch='modern', smear=True, dropout=0.2, attn_backend=attn_backend, max_iters=8)
     project.train(out_dir='packed', **setup)
     straight, out = project.train(out_dir='straight', document_mask=True, **setup)
-    assert f'attention {attn_backend}, within documents; ' in out
+    assert f'attention {attn_backend}, within documents (as asked); ' in out
     project.train(out_dir='halves', document_mask=True, **setup | dict(max_iters=4, lr_decay_iters=8))
     halves, out = project.resume(out_dir='halves', max_iters=8)
-    assert ', within documents; ' in out
+    assert ', within documents (as asked); ' in out
     for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
         assert torch.equal(a, b)
     (packed, _), (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('packed', 'straight', 'halves'))
@@ -548,6 +548,8 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(muon_iterations=9), 'muon_iterations=9 must be at most 6'), (dict(decay_part=2), 'decay_part=2.0 must be'),
     (dict(embd_lr=-1), 'embd_lr=-1.0 must be at least 0'),
     (dict(arch='modern', n_head=32, n_embd=96), 'n_embd=96 / n_head=32 is odd'),
+    (dict(sharding='zero'), "sharding='zero' is not known: use fsdp"),
+    (dict(sharding='fsdp'), 'is for several processes: start train.py by torchrun'),
     (dict(seed=-1), 'seed=-1 must be at least 0'), (dict(beta1=1.5), 'beta1=1.5 must be below 1'),
     (dict(learning_rate=-1), 'learning_rate=-1.0 must be'), (dict(peak_flops=0), 'peak_flops=0.0 must be above 0'),
     (dict(sample_tokens=5, sample_start='a', dataset='chars'), "the character 'a' is not among"),

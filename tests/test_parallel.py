@@ -1,0 +1,202 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, options
+
+import checkpoint
+import hardware
+from configurator import InputError
+
+# several runs of train.py in one group of processes, for to start them takes longer than the runs
+WORKER = '''
+import contextlib, json, os, runpy, signal, sys
+import torch
+import torch.distributed as dist
+import configurator
+import hardware
+import optim
+import parallel
+from configurator import InputError
+
+root, by_hand = sys.argv[1], len(sys.argv) > 2
+configurator.report_errors()
+parallel.start(torch.device('cpu'), 'gloo')
+rank, end, seed = dist.get_rank(), parallel.end, hardware.seed
+parallel.start, parallel.end = lambda *_: None, dist.barrier
+hardware.shortest_seconds = lambda *_, **__: 1.0  # of a Linear, for the header
+
+
+def interrupted_in_step_2(device, value):  # of which only one process hears
+    if value % 2 ** 32 == 2 * 2 + 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    seed(device, value)
+
+
+def counted(*args):
+    calls.append(args)
+    return orthogonalize(*args)
+
+
+def elements(tensors):
+    return sum(t.to_local().numel() for t in tensors if parallel.is_share(t))
+
+
+orthogonalize, optim.orthogonalize = optim.orthogonalize, counted
+wrote = {}
+for argv in json.load(open('runs.json')):
+    out_dir = next(arg for arg in argv if arg.startswith('--out_dir=')).removeprefix('--out_dir=')
+    hardware.seed = interrupted_in_step_2 if out_dir == 'interrupted' else seed
+    sys.argv, calls = ['train.py', *argv], []
+    try:
+        ran = runpy.run_path(os.path.join(root, 'train.py'), run_name='__main__')
+        moments = [t for state in ran['optimizer'].state.values() for t in state.values()]
+        wrote[out_dir] = [elements(ran['raw_model'].parameters()), elements(moments), len(calls)]
+    except InputError as e:
+        wrote[out_dir] = str(e)
+
+if by_hand:  # a step more of the last run
+    model, optimizer, saved = ran['raw_model'], ran['optimizer'], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t), ran['autocast']:
+        loss = model.loss(ran['x'], ran['y'])
+    shapes = {p.shape for block in model.transformer.h for p in block.parameters() if p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept = sum(t.numel() for t in saved if t.shape in shapes and t.untyped_storage().nbytes())
+    loss.backward()
+    grads, before = [p.grad for p in model.parameters()], [p.to_local().clone() for p in model.parameters()]
+    if rank == 1:
+        grads[0].to_local()[0] = float('inf')
+    scaler = torch.amp.GradScaler('cpu', init_scale=1.0)
+    scaler.scale(loss.detach())
+    scaler.step(optimizer)
+    scaler.update()
+    after = [p.to_local() for p in model.parameters()]
+    wrote['by hand'] = {'kept': kept, 'grads': elements(grads), 'scale': scaler.get_scale(),
+                        'moved': not all(map(torch.equal, before, after))}
+json.dump(wrote, open(f'wrote.{rank}', 'w'))
+if rank == dist.get_world_size() - 1:
+    try:
+        raise InputError('is reported')
+    except InputError:
+        with contextlib.suppress(SystemExit):
+            sys.excepthook(*sys.exc_info())
+end()
+'''
+
+
+def torchrun(project, n, runs, *more):
+    """The runs of train.py in n processes that share the model. Returns (what each of these wrote, what is printed)."""
+    (project.folder / 'runs.json').write_text(json.dumps([options(run | dict(sharding='fsdp')) for run in runs]))
+    (project.folder / 'worker.py').write_text(WORKER)
+    ran = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
+                          'worker.py', ROOT, *more], capture_output=True, text=True, cwd=project.folder, timeout=200,
+                         env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT})
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr
+    assert 'error: is reported\n' in ran.stderr
+    return [json.loads((project.folder / f'wrote.{rank}').read_text()) for rank in range(n)], ran.stdout
+
+
+def logged(project, out):
+    """{(iter, key): value} of what must not depend on the number of processes."""
+    with open(project.folder / out / 'log.jsonl', encoding='utf-8') as f:
+        records = [json.loads(line) for line in f][1:]
+    keys = ('loss', 'grad_norm', 'train_loss', 'val_loss')
+    return {(r['iter'], key): r[key] for r in records for key in keys if key in r}
+
+
+def check_same_format(one, two):
+    """Of two runs' folders: the same tensors, but for rounding, under the same names, in files of the same size."""
+    sizes = [os.path.getsize(f'{folder}/ckpt.pt') for folder in (one, two)]
+    assert sizes[0] == pytest.approx(sizes[1], abs=500)  # a tied table once, and no padding
+    one, two = (checkpoint.load(f'{folder}/ckpt.pt') for folder in (one, two))
+    assert one.keys() == two.keys() and one['optimizer']['param_groups'] == two['optimizer']['param_groups']
+    for a, b in ((one['model'], two['model']),
+                 *zip(*(c['optimizer']['state'].values() for c in (one, two)), strict=True)):
+        assert list(a) == list(b)
+        for key in a:
+            assert type(b[key]) is torch.Tensor and a[key].dtype == b[key].dtype
+            torch.testing.assert_close(a[key], b[key], atol=1e-3, rtol=0)
+
+
+def held_by_the_first(tensors, n):
+    """Elements of the first of n processes: so many whole rows of each that the last has no more."""
+    return sum(math.ceil(t.size(0) / n) * t[0].numel() for t in tensors)
+
+
+GPT2 = dict(bias=True)
+MODERN = dict(arch='modern', smear=True, optimizer='muon', embd_lr=1e-3, grad_clip=0.5)
+CASES = {'gpt2': GPT2, 'modern': MODERN}
+
+
+def test_shares_train_as_one_process_and_go_on_as_any_number(project, monkeypatch):
+    """In steps of 6 micro-batches; of rows that 2 divides and 3 does not, and a Linear with a single one."""
+    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)
+    setup = TINY | dict(gradient_accumulation_steps=6, max_iters=6, eval_interval=3)
+    half = dict(max_iters=3, lr_decay_iters=6)
+    lora = setup | dict(init_from='base', adapter='lora', loraplus_lr_ratio=4.0, max_iters=3, bias=True)
+    int8 = lora | dict(matmul='int8', checkpoint_activations=True)
+    for name, case in CASES.items():
+        project.train(**setup | case | dict(out_dir=name))
+        project.train(**setup | case | half | dict(out_dir=f'{name}_half'))
+    shutil.copytree('gpt2', 'base')
+    project.train(**lora | dict(out_dir='lora'))
+    project.train(**int8 | dict(out_dir='int8'))
+    wrote, out = torchrun(
+        project, 2, [*(setup | case | dict(out_dir=f'{name}_2') for name, case in CASES.items()),
+                     setup | GPT2 | dict(out_dir='interrupted'), setup | MODERN | half | dict(out_dir='halves'),
+                     lora | dict(out_dir='lora_2'), int8 | dict(out_dir='int8_2'),
+                     lora | dict(out_dir='nf4', base_format='nf4'), lora | dict(out_dir='prompt', adapter='prompt'),
+                     setup | dict(out_dir='bf16', arch='modern', dtype='bfloat16', sample_tokens=4, max_iters=2)],
+        'by hand')
+
+    for name in CASES:
+        assert logged(project, f'{name}_2') == pytest.approx(logged(project, name), abs=1e-5)
+        check_same_format(name, f'{name}_2')
+        # of weights and moments each process holds its rows
+        saved = checkpoint.load(f'{name}_2/ckpt.pt')
+        weights = list({t.data_ptr(): t for t in saved['model'].values()}.values())
+        moments = [t for state in saved['optimizer']['state'].values() for t in state.values() if t.dim()]
+        first, second = (of_process[f'{name}_2'] for of_process in wrote)
+        assert first[:2] == [held_by_the_first(tensors, 2) for tensors in (weights, moments)]
+        assert [a + b for a, b in zip(first[:2], second[:2], strict=True)] == [
+            sum(t.numel() for t in tensors) for tensors in (weights, moments)]
+        # and of the 8 parameters of Muon it orthogonalises a half, in 6 steps
+        assert first[2] == second[2] == (24 if name == 'modern' else 0)
+    # in bfloat16 no matrix of a block is kept from the forward to the backward; gradients are shares; a step that is
+    # not finite in one process is left out by both
+    n_params = sum(t.numel() for t in checkpoint.load('bf16/ckpt.pt')['model'].values())
+    for of_process in wrote:
+        assert of_process['by hand'] == {'kept': 0, 'grads': n_params // 2, 'scale': 0.5, 'moved': False}
+    assert out.count(' a sample ') == 1
+
+    # a base and its adapter are shared as well
+    for name, most in (('lora', 1e-5), ('int8', 2e-3)):
+        assert logged(project, f'{name}_2') == pytest.approx(logged(project, name), abs=most)
+    check_same_format('lora', 'lora_2')
+    assert 'would be whole in every process' in wrote[0]['nf4'] and 'use another adapter' in wrote[0]['prompt']
+
+    # from shares to one process
+    resume = {key: TINY[key] for key in ('device', 'dtype', 'peak_flops')} | dict(init_from='resume', max_iters=6)
+    assert checkpoint.load('interrupted/ckpt.pt')['iter_num'] == 3
+    assert out.count('go on with --init_from=resume') == 1
+    for name, folder in (('gpt2', 'interrupted'), ('modern', 'halves')):
+        project.resume(out_dir=folder, max_iters=6)
+        assert logged(project, folder) == pytest.approx(logged(project, name), abs=1e-5)
+
+    # and back, to another number of them
+    torchrun(project, 3, [resume | dict(out_dir=f'{name}_half') for name in CASES])
+    for name in CASES:
+        assert logged(project, f'{name}_half') == pytest.approx(logged(project, name), abs=1e-5)
+
+
+@pytest.mark.parametrize('overrides, message', [(dict(prune=0.5), 'with prune=0.5: the smallest weights'),
+                                                (dict(weights_dtype='bfloat16'), 'the shares are in float32')])
+def test_what_does_not_combine_with_shares(project, monkeypatch, overrides, message):
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(InputError, match=message):
+        project.train(sharding='fsdp', **overrides)
