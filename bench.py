@@ -10,6 +10,7 @@ Measure: one suite at a time, each a file in bench/. What is not a key of this s
   python bench.py --suite=adapters config/finetune_lora.py
   python bench.py --suite=export
   python bench.py --suite=data --tokenizer=gpt2
+  python bench.py --suite=plan config/train_fineweb_124m.py --memory=12
   python bench.py --suite=gpu --peer=../nanoGPT
 
 race      how long this trainer takes to the val loss that another reaches at its end, the other being any that follows
@@ -24,6 +25,8 @@ adapters  a finetuning by each kind of adapter and by all weights, at the best o
           and memory, over seeds; a step of each with 124M parameters; what it costs to serve a batch of many adapters
 export    GPT-2's smallest size to each form that export.py has: time and memory
 data      text to token files, beside the tokenizer alone; its memory; and what it takes to read batches
+plan      what a config will take of a GPU's memory, without one: all weights trained, LoRA and QLoRA; and the largest
+          micro-batch that fits
 gpu       a GPU in one go, beside nanoGPT: training, memory, a race, sampling, and others of these suites; called again
           it goes on with what is missing
 """
@@ -38,7 +41,7 @@ from bench import process
 from configurator import InputError, configure
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data or gpu
+suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data, plan or gpu
 runs = 3  # of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the figures as JSON, and a picture beside it where the suite draws one; '': results/<suite>.json
 # race, speed and gpu
@@ -57,6 +60,8 @@ tokens = 2048  # rows of its input
 # data
 tokenizer = 'gpt2'  # an encoding of tiktoken's, or the path of FILE.tiktoken
 gigabytes = 1.0  # of text whose preparation's memory is measured
+# plan
+memory = 12.0  # GB of the GPU
 # gpu
 minutes = 9.0  # what does not fit in them is left to the next call
 small = False  # try all of it at a tiny size, on any device: no measurement
@@ -65,10 +70,9 @@ restart = False  # measure again what dest has
 for_train = []
 config, given = configure(globals(), pass_on=for_train)
 
-folder = os.path.dirname(os.path.abspath(__file__))
-if not suite or not os.path.exists(os.path.join(folder, 'bench', f'{suite}.py')):
-    raise InputError(f'suite={suite!r}: use race, sweep, ablation, speed, matmul, formats, adapters, export, '
-                     f'data or gpu')
+SUITES = ('race', 'sweep', 'ablation', 'speed', 'matmul', 'formats', 'adapters', 'export', 'data', 'plan', 'gpu')
+if suite not in SUITES:
+    raise InputError(f'suite={suite!r}: use {", ".join(SUITES)}')
 dest = config['dest'] = dest or os.path.join('results', f'{suite}{"_small" * small}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')

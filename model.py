@@ -65,7 +65,7 @@ class GPTConfig:
                 setattr(self, key, value)
         self.n_ids = self.n_ids or self.vocab_size
         if self.loss_chunk is None:  # a small vocabulary's logits are no larger than the activations
-            self.loss_chunk = 1024 if self.vocab_size >= 8192 else 0
+            self.loss_chunk = 2048 if self.vocab_size >= 8192 else 0
         for key, known in (('norm', NORMS), ('positions', POSITIONS), ('activation', ACTIVATIONS)):
             if getattr(self, key) not in known:
                 raise InputError(f'{key}={getattr(self, key)!r} is not known: use {" or ".join(known)}')
@@ -93,6 +93,12 @@ class GPTConfig:
         parts = {k: v for k, v in ARCHITECTURES[self.arch].items() if k != 'bias'}
         absent = parts | {'arch': 'gpt2', 'smear': False, 'n_ids': self.vocab_size}  # what they are if absent
         return {k: v for k, v in asdict(self).items() if k != 'loss_chunk' and absent.get(k) != v}
+
+
+def table_rows(vocab_size, arch):
+    """Rows of the embedding table of a new model: GPUs multiply whole tiles."""
+    padded = arch == 'modern' or vocab_size == tokenizer.GPT2_VOCAB  # others as in nanoGPT
+    return math.ceil(vocab_size / 64) * 64 if padded else vocab_size
 
 
 def read(source, **overrides):

@@ -30,7 +30,7 @@ from configurator import InputError, configure, describe, inherit
 from loader import Tokens, TrainBatches, eval_batches
 from matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
 from memory import Forecast, divisors, fastest, out_of_memory_advice
-from model import ARCHITECTURES, GPT, GPTConfig
+from model import ARCHITECTURES, GPT, GPTConfig, table_rows
 from runlog import RunLog
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,11 +362,8 @@ if resuming and not trained:
     model = GPT.skeleton(GPTConfig.from_saved(resumed['model_args'], dropout=dropout))
     checkpoint.load_weights(model, resumed['model'], ckpt_path)
 elif init_from == 'scratch':
-    vocab_size = meta['vocab_size']
-    if arch == 'modern' or vocab_size == tokenizer.GPT2_VOCAB:  # GPUs multiply whole tiles
-        vocab_size = math.ceil(vocab_size / 64) * 64
     model = GPT(GPTConfig(arch=arch, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
-                          vocab_size=vocab_size, n_ids=meta['vocab_size'], dropout=dropout,
+                          vocab_size=table_rows(meta['vocab_size'], arch), n_ids=meta['vocab_size'], dropout=dropout,
                           **{key: config[key] for key in PARTS}))
 else:
     if init_from.startswith('gpt2') and not os.path.isdir(init_from) and meta['vocab_size'] != tokenizer.GPT2_VOCAB:

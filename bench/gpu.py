@@ -27,6 +27,7 @@ from bench.gpu_rows import (
     Session,
     by_number,
     facts,
+    foreseen,
     of_adapters,
     race_here,
     race_peer,
@@ -86,12 +87,16 @@ def rows():
         Row('training_step', 'modern, Muon', COLD, train, STEP | MODERN),
         Row('memory', '12 GB, micro-batch 24', COLD, train, twelve | dict(batch_size=24)),
         Row('memory', '12 GB, micro-batch 32', COLD, train, twelve | dict(batch_size=32)),
+        Row('memory', 'foreseen', 30, foreseen, STEP),
         Row('race', 'nanoGPT', 180, race_peer, STEP),
         Row('race', 'here, 20 % of the tokens', 105, race_here, dict(share=0.2)),
         Row('sampling', 'nanoGPT', 45, sample_peer, {}),
         Row('sampling', 'here', 30, sample, dict(compile=False)),
         Row('sampling', 'here, compiled', 90, sample, dict(compile=True)),
         *step, *memory,
+        Row('memory', 'foreseen, optimizer_state 8bit', 30, foreseen, STEP | dict(optimizer_state='8bit')),
+        Row('memory', 'foreseen, checkpoint_activations selective', 30, foreseen,
+            STEP | dict(checkpoint_activations='selective')),
         Row('race', 'here, 12 % of the tokens', COLD, race_here, dict(share=0.12)),
         Row('race', 'here, 35 % of the tokens', COLD, race_here, dict(share=0.35)),
         *(Row('matmul', f'widths {widths}', 150, suite, dict(suite='matmul', widths=widths) | linears)
@@ -104,6 +109,8 @@ def rows():
               keys | dict(compile=compile))
           for name, keys in (('4 x 128, T=64', SMALLEST), ('6 x 384, T=256', SHAKESPEARE))
           for compile in (True, False) for who, run in (('nanoGPT', train_peer), ('here', train))),
+        *(Row('launch_bound', f'here, {name}, CUDA graphs', 45, train, keys | dict(compile=True, cuda_graphs=True))
+          for name, keys in (('4 x 128, T=64', SMALLEST), ('6 x 384, T=256', SHAKESPEARE))),
         Row('more', 'float16 with loss scaling', COLD, train, STEP | dict(dtype='float16')),
         Row('more', 'document_mask', COLD, train, STEP | dict(document_mask=True)),
         Row('more', 'the device by its number', 20, by_number, SMALLEST | dict(compile=False)),

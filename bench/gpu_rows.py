@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 import checkpoint
+import configurator
 import corpus
 import hardware
 import runlog
-from bench import adapters, process, race
+from bench import adapters, plan, process, race
 from configurator import InputError
 from model import GPT, GPTConfig
 from sources import Source, installed_code
@@ -166,9 +167,15 @@ def _of_machine(session, keys):
 
 def train(session, keys):
     """Of this trainer, likewise, and what goes with it."""
-    hook = session.file('eager_evaluation.py', '''import torch
-_compile = torch.compile
-torch.compile = lambda f=None, **keys: f if getattr(f, '__name__', '') == 'loss' else _compile(f, **keys)
+    hook = session.file('eager_evaluation.py', '''from model import GPT
+_compile = GPT.compile
+def _of_training(self, **options):
+    plain = {name: getattr(self, name) for name in ('loss', 'hidden')}
+    _compile(self, **options)
+    for name in plain.keys() & self.__dict__.keys():
+        self.__dict__[name] = lambda *args, compiled=self.__dict__[name], plain=plain[name]: (
+            compiled if self.training else plain)(*args)
+GPT.compile = _of_training
 ''')
     keys = _of_own(session, keys) | UNTIMED | {'eval_iters': 1}
     session.note('here', 'train.py', keys)
@@ -180,8 +187,25 @@ torch.compile = lambda f=None, **keys: f if getattr(f, '__name__', '') == 'loss'
 
 
 def _of_own(session, keys):
+    if session.device.type == 'cpu':  # which refuses what is for a GPU alone
+        keys = {key: value for key, value in keys.items() if key not in ('memory_limit', 'cuda_graphs')} | (
+            {'attn_backend': 'sdpa'} if keys.get('attn_backend') in hardware.GPU_ATTENTION else {})
     return _of_machine(session, keys) | {'out_dir': session.path('out')} | (
         {'init_from': session.base()} if keys.get('init_from') == 'base' else {})
+
+
+def foreseen(session, keys):
+    """What memory.py says that this step takes, in GB, by the sequences of a micro-batch."""
+    keys = _of_own(session, keys)
+    sizes = {max(1, keys['batch_size'] * n // 16) for n in (16, 24, 32, 64)}
+    session.note('here', 'bench.py --suite=plan', keys)
+    return {'peak_gb': session.child(f'print_foreseen({process.flags(keys)!r}, {sorted(sizes)})')}
+
+
+def print_foreseen(train_args, sizes):
+    options, _ = configurator.resolve(race.TRAIN, train_args)
+    found = plan.forecast(options, plan.model_config(options))
+    print(json.dumps({size: found.at(size).peak / 1e9 for size in sizes}))
 
 
 def by_number(session, keys):

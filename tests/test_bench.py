@@ -26,8 +26,9 @@ import matmul
 import model
 import runlog
 import tokenizer
-from bench import gpu_rows, process
+from bench import gpu_rows, plan, process
 from configurator import InputError, resolve
+from model import GPTConfig
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
 
@@ -540,8 +541,7 @@ def test_the_gpus_rows_have_keys_that_train_has():
     assert len({(row.part, row.name) for row in rows}) == len(rows)
     own = [row for row in rows if row.run in (gpu_rows.train, gpu_rows.by_number)]
     for row in own:
-        given = {k: v for k, v in row.keys.items() if k not in ('memory_limit', 'optimizer_state') and v != 'selective'}
-        resolve(f'{ROOT}/train.py', options(given))
+        resolve(f'{ROOT}/train.py', options(row.keys))
 
 
 def test_the_gpus_text_is_in_files_that_nanogpt_reads(tmp_path, monkeypatch):
@@ -596,3 +596,38 @@ time.sleep(600)
             raise AssertionError('the other process still runs')
     with pytest.raises(InputError, match='not done after 0 s'), process.time_limit(0):
         process.run(None, str(script), [])
+
+
+def test_plan_without_data_or_weights(project, run_bench, monkeypatch):
+    asked = ['--suite=plan', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=8',
+             '--gradient_accumulation_steps=2', '--compile=False', '--adapter_r=4', '--dataset=tiny']
+    monkeypatch.chdir(project.folder)
+    measured, out = run_bench(*asked, '--memory=0.009')
+    figures = measured['figures']
+    full, lora, qlora = (figures['rows'][name]['steps'][0] for name in ('full', 'LoRA', 'QLoRA'))
+    assert figures['model'] == {'n_layer': 2, 'n_embd': 32, 'vocab_size': 256} and full['batch_size'] == 8
+    weights = 4 * (12 * 2 * 32 ** 2 + 32 * (256 + 32) + 5 * 32)
+    assert full['weights'] == full['gradients'] == pytest.approx(weights / 1e9)
+    assert full['optimizer'] == pytest.approx(2 * weights / 1e9, rel=0.01)
+    assert qlora['weights'] < lora['weights'] < full['weights'] and lora['optimizer'] < 0.3 * full['optimizer']
+    assert all(row['peak'] == pytest.approx(sum(row[key] for key in (
+        'weights', 'gradients', 'optimizer', 'activations', 'logits, rest'))) for row in (full, lora, qlora))
+    largest = figures['rows']['full']['largest']
+    assert f'fits in 0.009 GB: --batch_size={largest} --gradient_accumulation_steps={16 // largest}\n' in out
+    assert 1.05 * figures['rows']['full']['steps'][-1]['peak'] <= 0.009
+    measured, out = run_bench(*asked, '--memory=0.0001')
+    assert measured['figures']['rows']['full']['largest'] is None
+    assert 'a single sequence does not fit in 0.0001 GB' in out
+
+
+@pytest.mark.parametrize('keys', [
+    dict(adapter='dora'), dict(matmul='int8', checkpoint_activations='selective'),
+    dict(optimizer='muon', arch='modern'), dict(weights_dtype='bfloat16', dtype='bfloat16'),
+    dict(optimizer_state='cpu', smear=True), dict(init_from='gpt2', block_size=64)])
+def test_whatever_is_trained_is_planned(keys):
+    default, _ = resolve(f'{ROOT}/train.py', [])
+    shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=64)
+    found = plan.forecast(default | shape | dict(compile=False) | keys,
+                          GPTConfig(**shape, vocab_size=300, arch=keys.get('arch', 'gpt2')))
+    assert found.at(4).peak < found.at(8).peak < found.at(16).peak
+    assert plan.model_config(default | keys).n_embd == 768

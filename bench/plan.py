@@ -1,0 +1,120 @@
+"""
+What a training run will take of a GPU's memory, foreseen by memory.py without one and without the weights: all of the
+model trained, as the config has it; LoRA, and QLoRA, on it. And the largest micro-batch that fits in --memory GB.
+"""
+
+import os
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import optim
+import tokenizer
+from adapter_files import from_keys
+from adapters import attach, hold_base, hold_linears_in, low_rank_Bs
+from bench import process
+from configurator import InputError, resolve
+from matmul import convert, hold_in_bfloat16
+from memory import SLACK, Forecast, divisors
+from model import ARCHITECTURES, GPT, GPTConfig, read, table_rows
+
+SIZES = {  # of OpenAI's GPT-2: n_layer, n_head, n_embd
+    'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
+COLUMNS = {'weights': 8, 'gradients': 9, 'optimizer': 9, 'activations': 11, 'logits, rest': 12, 'peak': 7}  # widths
+LORA = {'adapter': 'lora', 'weights_dtype': 'float32', 'optimizer': 'adamw', 'matmul': ''}
+ROWS = {'full': {'adapter': ''}, 'LoRA': LORA | {'base_format': 'float32'}, 'QLoRA': LORA | {'base_format': 'nf4'}}
+
+
+def measure(config, train_args, picture):
+    """The figures as plain values. Raises InputError."""
+    options, _ = resolve(os.path.join(process.ROOT, 'train.py'), train_args)
+    limit, sequences = 1e9 * config['memory'], _sequences(options)
+    shape = model_config(options)
+    print(f'{shape.n_layer} layers x {shape.n_embd}, {shape.vocab_size:,} ids, T={options["block_size"]}, '
+          f'{dtype_of(options)}, {"compiled" if compiled(options) else "eager"}; GB\n{"":10} {"batch_size":>10} ' +
+          ' '.join(f'{name:>{width}}' for name, width in COLUMNS.items()))
+    rows = {options['adapter']: {}} if options['adapter'] not in ('', 'lora') else {}
+    figures = {}
+    for name, changes in (rows | ROWS).items():
+        foreseen = forecast(options | changes, shape)
+        sizes = divisors(sequences)
+        largest = foreseen.largest(limit, sizes)
+        asked = options['batch_size'] if options['batch_size'] != 'auto' else largest or 1
+        figures[name] = {'largest': largest, 'steps': [_row(foreseen.at(size)) for size in
+                                                       dict.fromkeys((asked, largest or 1))]}
+        for row in figures[name]['steps']:
+            print(f'{name:10} {row["batch_size"]:>10} ' + ' '.join(
+                f'{row[column]:>{width}.2f}' for column, width in COLUMNS.items()))
+        print(f'{"":10} ' + (
+            f'the largest that fits in {config["memory"]:g} GB: --batch_size={largest} '
+            f'--gradient_accumulation_steps={sequences // largest}' if largest else
+            f'a single sequence does not fit in {config["memory"]:g} GB'), flush=True)
+    print(f'(a step fits if {SLACK:g} times its peak does: the allocator loses some between its blocks)')
+    return {'memory': config['memory'], 'model': {'n_layer': shape.n_layer, 'n_embd': shape.n_embd,
+                                                  'vocab_size': shape.vocab_size}, 'rows': figures}
+
+
+def _row(step):
+    return {'batch_size': step.batch_size} | {
+        column: getattr(step, 'temporary' if column == 'logits, rest' else column) / 1e9 for column in COLUMNS}
+
+
+def _sequences(options):
+    """In a step."""
+    if options['total_batch_size']:
+        sequences, rest = divmod(options['total_batch_size'], options['block_size'])
+        if rest:
+            raise InputError(f'total_batch_size={options["total_batch_size"]} is not made of sequences of block_size='
+                             f'{options["block_size"]} tokens')
+        return sequences
+    if options['batch_size'] == 'auto':
+        raise InputError('batch_size=auto needs total_batch_size, the tokens in a step')
+    return options['batch_size'] * (options['gradient_accumulation_steps'] or 40)
+
+
+def dtype_of(options):
+    return 'bfloat16' if options['dtype'] == 'auto' else options['dtype']
+
+
+def compiled(options):
+    return options['compile'] in (True, 'auto')
+
+
+def model_config(options):
+    """Of the model that train.py would build of these options. Raises InputError."""
+    source = options['init_from']
+    if source == 'scratch' or source in SIZES:
+        meta = tokenizer.read_meta(os.path.join('data', options['dataset'])) if options['dataset'] and os.path.isdir(
+            os.path.join('data', options['dataset'])) else tokenizer.ASSUMED_META
+        keys = {key: options[key] for key in ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'smear',
+                                              *ARCHITECTURES['gpt2'])}
+        if source in SIZES:
+            keys = dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[source], strict=True), arch='gpt2')
+            meta = tokenizer.ASSUMED_META
+        return GPTConfig(**keys, vocab_size=table_rows(meta['vocab_size'], keys['arch']))
+    return read(options['out_dir'] if source == 'resume' else source, dropout=options['dropout'])[0]
+
+
+def forecast(options, shape):
+    """A Forecast of these options of train.py."""
+    dtype = dtype_of(options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = GPT(shape).train()
+        if options['adapter']:
+            hold_base(model, options['base_format'], dtype)
+            if options['base_format'] == 'float32' and not options['matmul']:
+                hold_linears_in(model, dtype)
+            attach(model, from_keys(options))
+        if options['checkpoint_activations']:
+            model.checkpoint_activations(options['checkpoint_activations'] if not options['adapter'] else True)
+        if options['weights_dtype'] == 'bfloat16':
+            hold_in_bfloat16(model)
+    if options['matmul']:
+        convert(model, options['matmul'], dtype, options['block_size'], options['matmul_keep_last'],
+                gemms=options['matmul_gemms'])
+    betas, keep = (options['beta1'], options['beta2']), options['optimizer_state']
+
+    def make_optimizer(model):
+        if options['optimizer'] == 'muon':
+            return optim.muon(model, 0.0, 0.0, betas, 0.0, iterations=options['muon_iterations'], keep=keep)
+        return optim.adamw(model, 0.0, 0.0, betas, low_rank_Bs(model), options['loraplus_lr_ratio'], keep)
+    return Forecast(model, make_optimizer, options['block_size'], dtype, compiled(options), offloaded=keep == 'cpu')
