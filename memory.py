@@ -298,6 +298,8 @@ def fastest(sizes, seconds, forecast, limit, device):
             speeds[size] = size / seconds(size)
         except torch.OutOfMemoryError:  # the forecast was wrong
             continue
+        finally:
+            torch.cuda.empty_cache()  # a larger one's blocks are of no use to a smaller one
         tried = size
         if speeds[size] < 1.02 * max((v for s, v in speeds.items() if s != size), default=0.0):
             break

@@ -183,6 +183,8 @@ if resuming:
         raise InputError(f'{ckpt_path} is at iter {resumed["iter_num"]} of max_iters={max_iters}: nothing left to do')
 
 # values
+if isinstance(batch_size, str) and batch_size != 'auto':
+    raise InputError(f'batch_size={batch_size!r} must be a number, or auto')
 for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batch_size': 1, 'block_size': 1,
                    'max_iters': 1, 'sample_tokens': 0, 'patience': 0, 'max_minutes': 0, 'train_minutes': 0,
                    'memory_limit': 0, 'learning_rate': 0, 'embd_lr': 0, 'head_lr': 0, 'muon_lr': 0, 'muon_momentum': 0,
@@ -198,8 +200,6 @@ for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd')
                    'optimizer_state': tuple(optim.MOMENTS)}.items():
     if config[key] not in known:
         raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(str(k) for k in known if k != "")}')
-if isinstance(batch_size, str) and batch_size != 'auto':
-    raise InputError(f'batch_size={batch_size!r} must be a number, or auto')
 if muon_iterations > len(optim.POLAR_EXPRESS):
     raise InputError(f'muon_iterations={muon_iterations} must be at most {len(optim.POLAR_EXPRESS)}')
 for key in ('decay_part', 'matmul_until', 'prune_end'):
@@ -522,7 +522,7 @@ def micro_step_seconds(batch_size):
         optimizer.zero_grad(set_to_none=True)
 
 
-batch_size_reason = ''
+batch_size_reason, eval_batch_size = '', batch_size
 if choose_batch_size:
     if master:
         batch_size, batch_size_reason = fastest(divisors(total_batch_size // block_size // world_size),
@@ -530,6 +530,9 @@ if choose_batch_size:
     batch_size = parallel.of_master(batch_size)
     gradient_accumulation_steps = total_batch_size // block_size // batch_size
     micro_steps = gradient_accumulation_steps // world_size
+    # an evaluation reads the same, whatever was chosen: batches of 12 sequences, in smaller ones where 12 do not fit
+    eval_batch_size = next(size for size in divisors(12) if size <= batch_size)
+    eval_iters *= 12 // eval_batch_size
 if replicated:
     model = parallel.replicate(model, device)
 train_loss = raw_model.loss if sharding else lambda x, y: model(x, y)[1]
@@ -593,7 +596,7 @@ def evaluate():
     losses = {}
     for split, tokens in (('train', train_tokens), ('val', val_tokens)) if master or sharding else ():
         total, n = 0.0, 0
-        for x, y in eval_batches(tokens, batch_size, eval_iters, device):
+        for x, y in eval_batches(tokens, eval_batch_size, eval_iters, device):
             with autocast:
                 total, n = total + raw_model.loss(x, y), n + 1
         losses[split] = (total / n).item()

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, options, write_tokens
 
 import checkpoint
 import hardware
+import memory
 from configurator import InputError
 from loader import eval_batches
 from matmul import NAMES, restore
@@ -71,6 +72,23 @@ def test_the_vocabulary_of_the_modern_one_is_padded(project):
     assert model.config.vocab_size == 128 and model.config.n_ids == 65
 
 
+def test_a_chosen_micro_batch_changes_nothing_else(project, monkeypatch):
+    setup = dict(total_batch_size=16 * 16, max_iters=4, eval_interval=2, eval_iters=1)
+    for name, fastest in (('one', 1), ('eight', 8)):
+        def choose(sizes, seconds, forecast, limit, device, fastest=fastest):
+            assert sizes == [16, 8, 4, 2, 1] and seconds(fastest) > 0 and forecast.at(fastest).peak < limit
+            return fastest, 'as asked'
+        monkeypatch.setattr(memory, 'fastest', choose)
+        run, out = project.train(out_dir=name, batch_size='auto', **setup)
+        assert f'= {fastest} sequences x 16 tokens x {16 // fastest} accumulated' in out
+    project.train(out_dir='given', batch_size=4, **setup)
+    (one, val), (eight, val8), (given, _) = (losses(project.folder, name) for name in ('one', 'eight', 'given'))
+    for other in (eight, given):
+        assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    assert list(val.values()) == pytest.approx(list(val8.values()), rel=1e-5)
+    assert checkpoint.load('one/ckpt.pt')['config']['batch_size'] == 'auto'
+
+
 def test_accumulation_is_a_larger_batch(project):
     project.train(batch_size=8, out_dir='one')
     project.train(batch_size=2, gradient_accumulation_steps=4, out_dir='four')
@@ -88,6 +106,9 @@ def test_accumulation_is_a_larger_batch(project):
     dict(dtype='float16', patience=9),
     dict(arch='modern', smear=True, optimizer='muon', momentum_warmup=6, schedule='wsd', dtype='bfloat16'),
     dict(arch='modern', optimizer='muon', embd_lr=1e-3, dtype='float16'),
+    dict(optimizer_state='8bit', checkpoint_activations='selective', dropout=0.2),
+    dict(optimizer_state='cpu', arch='modern', optimizer='muon'),
+    dict(optimizer_state='8bit', arch='modern', optimizer='muon', weights_dtype='bfloat16', dtype='bfloat16'),
 ])
 def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
     monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
@@ -550,6 +571,16 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(arch='modern', n_head=32, n_embd=96), 'n_embd=96 / n_head=32 is odd'),
     (dict(sharding='zero'), "sharding='zero' is not known: use fsdp"),
     (dict(sharding='fsdp'), 'is for several processes: start train.py by torchrun'),
+    (dict(batch_size='all'), "batch_size='all' must be a number, or auto"),
+    (dict(batch_size=0), 'batch_size=0 must be at least 1'),
+    (dict(batch_size='auto'), 'batch_size=auto keeps the tokens of a step: give total_batch_size'),
+    (dict(batch_size='auto', total_batch_size=100), 'total_batch_size=100 tokens cannot be made of sequences of'),
+    (dict(optimizer_state='4bit'), "optimizer_state='4bit' is not known: use float32 or 8bit or cpu"),
+    (dict(checkpoint_activations='all'), "checkpoint_activations='all' is not known: use False or True or selective"),
+    (dict(checkpoint_activations='selective', adapter='lora', init_from='base'), 'adapters change in place what'),
+    (dict(memory_limit=12), 'memory_limit=12.0 is for a GPU, not for cpu'),
+    (dict(cuda_graphs=True), 'cuda_graphs is for one process on a GPU, compiled'),
+    (dict(attn_backend='cudnn'), 'attn_backend=cudnn is for a GPU'),
     (dict(seed=-1), 'seed=-1 must be at least 0'), (dict(beta1=1.5), 'beta1=1.5 must be below 1'),
     (dict(learning_rate=-1), 'learning_rate=-1.0 must be'), (dict(peak_flops=0), 'peak_flops=0.0 must be above 0'),
     (dict(sample_tokens=5, sample_start='a', dataset='chars'), "the character 'a' is not among"),
