@@ -62,6 +62,7 @@ tokenizer = 'gpt2'  # an encoding of tiktoken's, or the path of FILE.tiktoken
 gigabytes = 1.0  # of text whose preparation's memory is measured
 # plan
 memory = 12.0  # GB of the GPU
+check = False  # also run the step here, with random weights and tokens, and measure what it takes
 # gpu
 minutes = 9.0  # what does not fit in them is left to the next call
 small = False  # try all of it at a tiny size, on any device: no measurement

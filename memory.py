@@ -59,13 +59,14 @@ class Forecast:
 
     model: as it is trained, on any device, the meta device included; it is not touched. make_optimizer: of a model.
     offloaded: whether the optimizer's state lies in the CPU's memory. accumulates: whether a step has several
-    micro-batches, so that gradients are there during forward.
+    micro-batches, so that gradients are there during forward. gpu: whether that is where it trains.
     """
 
-    def __init__(self, model, make_optimizer, block_size, dtype, compile=False, accumulates=True, offloaded=False):
+    def __init__(self, model, make_optimizer, block_size, dtype, compile=False, accumulates=True, offloaded=False,
+                 gpu=True):
         tokens = 2 * max(model.config.loss_chunk, 1024)  # from two pieces of the loss on, memory grows evenly
         least = -(-tokens // block_size)
-        self._known = [_step(model, make_optimizer, size, block_size, dtype, compile, accumulates, offloaded)
+        self._known = [_step(model, make_optimizer, size, block_size, dtype, compile, accumulates, offloaded, gpu)
                        for size in (least, 2 * least)]
 
     def at(self, batch_size):
@@ -89,7 +90,7 @@ def fake_copy(model, mode):
     return copied
 
 
-def _step(model, make_optimizer, batch_size, block_size, dtype, compile, accumulates, offloaded):
+def _step(model, make_optimizer, batch_size, block_size, dtype, compile, accumulates, offloaded, gpu):
     mode, alive = FakeTensorMode(allow_non_fake_inputs=True), Alive()  # a checkpoint's random state is real
     model = fake_copy(model, mode)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -106,6 +107,9 @@ def _step(model, make_optimizer, batch_size, block_size, dtype, compile, accumul
             gradients = nbytes([p.grad for p in trained])
             optimizer.zero_grad(set_to_none=True)
         update, state = alive.peak, alive.now
+    for module in model.modules() if gpu and not compile else ():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = LayerNormOfGPU
     with mode:
         x = torch.zeros(batch_size, block_size, dtype=torch.int64)
         activations, forward, backward = (_compiled if compile else _eager)(model, x, x.clone(), dtype)
@@ -144,6 +148,13 @@ class Alive(TorchDispatchMode):
     def _add(self, n):
         self.now += n
         self.peak = max(self.peak, self.now)
+
+
+class LayerNormOfGPU(nn.LayerNorm):
+    """There autocast computes it in float32, from a copy, which is kept; compiled, the copy is fused."""
+
+    def forward(self, x):
+        return super().forward(x.float())
 
 
 def _eager(model, x, y, dtype):

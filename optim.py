@@ -75,15 +75,16 @@ class MomentsIn8Bits(Moments):
 
     def read(self, kept, p):
         elements, scales = self._parts(kept)
-        return (elements.float() * scales).pow(self.power).flatten()[:p.numel()].view(p.shape)
+        x = elements.float() * scales
+        return (x.square_() if self.power == 2 else x).flatten()[:p.numel()].view(p.shape)
 
     def write(self, kept, value):
         elements, scales = self._parts(kept)
-        x = value.flatten().pow(1 / self.power) if self.power > 1 else value.flatten()
-        x = F.pad(x, (0, elements.numel() - x.numel())).view_as(elements)
+        x = value.sqrt() if self.power == 2 else value
+        x = F.pad(x.flatten(), (0, elements.numel() - x.numel())).view_as(elements)
         scales.copy_(x.abs().amax(1, keepdim=True).clamp(min=1e-30) / E4M3.max)
         x = E4M3.round(x / scales, torch.rand_like(x))
-        if self.power > 1:  # an update is divided by it
+        if self.power == 2:  # an update is divided by it
             x = x.clamp(min=2.0 ** (E4M3.min_exponent - E4M3.mantissa))
         elements.copy_(x)
 

@@ -506,7 +506,7 @@ autocast = hardware.autocast(device, dtype)
 
 def forecast():
     return Forecast(raw_model, make_optimizer, block_size, dtype, bool(compile), micro_steps > 1,
-                    optimizer_state == 'cpu')
+                    optimizer_state == 'cpu', device.type != 'cpu')
 
 
 def micro_step_seconds(batch_size):

@@ -204,7 +204,7 @@ def foreseen(session, keys):
 
 def print_foreseen(train_args, sizes):
     options, _ = configurator.resolve(race.TRAIN, train_args)
-    found = plan.forecast(options, plan.model_config(options))
+    found = plan.forecast(options | {'compile': options['compile'] is True}, plan.model_config(options))
     print(json.dumps({size: found.at(size).peak / 1e9 for size in sizes}))
 
 

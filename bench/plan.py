@@ -1,12 +1,18 @@
 """
 What a training run will take of a GPU's memory, foreseen by memory.py without one and without the weights: all of the
 model trained, as the config has it; LoRA, and QLoRA, on it. And the largest micro-batch that fits in --memory GB.
+--check=True runs the step as well, on the device there is, and says what it took.
 """
 
+import functools
+import itertools
 import os
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
+import hardware
 import optim
 import tokenizer
 from adapter_files import from_keys
@@ -14,7 +20,7 @@ from adapters import attach, hold_base, hold_linears_in, low_rank_Bs
 from bench import process
 from configurator import InputError, resolve
 from matmul import convert, hold_in_bfloat16
-from memory import SLACK, Forecast, divisors
+from memory import SLACK, Forecast, divisors, nbytes
 from model import ARCHITECTURES, GPT, GPTConfig, read, table_rows
 
 SIZES = {  # of OpenAI's GPT-2: n_layer, n_head, n_embd
@@ -27,23 +33,32 @@ ROWS = {'full': {'adapter': ''}, 'LoRA': LORA | {'base_format': 'float32'}, 'QLo
 def measure(config, train_args, picture):
     """The figures as plain values. Raises InputError."""
     options, _ = resolve(os.path.join(process.ROOT, 'train.py'), train_args)
+    options['dtype'] = 'bfloat16' if options['dtype'] == 'auto' else options['dtype']
+    device = None  # the plan's: a GPU
+    if config['check']:
+        device = hardware.find_device(options['device'])
+        hardware.prepare(device)
+    if options['compile'] == 'auto':
+        options['compile'] = not device or device.type == 'cuda'
     limit, sequences = 1e9 * config['memory'], _sequences(options)
     shape = model_config(options)
     print(f'{shape.n_layer} layers x {shape.n_embd}, {shape.vocab_size:,} ids, T={options["block_size"]}, '
-          f'{dtype_of(options)}, {"compiled" if compiled(options) else "eager"}; GB\n{"":10} {"batch_size":>10} ' +
+          f'{options["dtype"]}, {"compiled" if options["compile"] else "eager"}; GB\n{"":10} {"batch_size":>10} ' +
           ' '.join(f'{name:>{width}}' for name, width in COLUMNS.items()))
     rows = {options['adapter']: {}} if options['adapter'] not in ('', 'lora') else {}
     figures = {}
     for name, changes in (rows | ROWS).items():
-        foreseen = forecast(options | changes, shape)
-        sizes = divisors(sequences)
-        largest = foreseen.largest(limit, sizes)
+        foreseen = forecast(options | changes, shape, device)
+        largest = foreseen.largest(limit, divisors(sequences))
         asked = options['batch_size'] if options['batch_size'] != 'auto' else largest or 1
-        figures[name] = {'largest': largest, 'steps': [_row(foreseen.at(size)) for size in
-                                                       dict.fromkeys((asked, largest or 1))]}
-        for row in figures[name]['steps']:
+        steps = [_row(foreseen.at(size)) for size in dict.fromkeys((asked, largest or 1))]
+        if device:
+            steps[0]['measured'] = measured(options | changes, shape, device, asked) / 1e9
+        figures[name] = {'largest': largest, 'steps': steps}
+        for row in steps:
             print(f'{name:10} {row["batch_size"]:>10} ' + ' '.join(
-                f'{row[column]:>{width}.2f}' for column, width in COLUMNS.items()))
+                f'{row[column]:>{width}.2f}' for column, width in COLUMNS.items())
+                + (f'; measured: {row["measured"]:.2f}' if 'measured' in row else ''))
         print(f'{"":10} ' + (
             f'the largest that fits in {config["memory"]:g} GB: --batch_size={largest} '
             f'--gradient_accumulation_steps={sequences // largest}' if largest else
@@ -71,14 +86,6 @@ def _sequences(options):
     return options['batch_size'] * (options['gradient_accumulation_steps'] or 40)
 
 
-def dtype_of(options):
-    return 'bfloat16' if options['dtype'] == 'auto' else options['dtype']
-
-
-def compiled(options):
-    return options['compile'] in (True, 'auto')
-
-
 def model_config(options):
     """Of the model that train.py would build of these options. Raises InputError."""
     source = options['init_from']
@@ -94,27 +101,73 @@ def model_config(options):
     return read(options['out_dir'] if source == 'resume' else source, dropout=options['dropout'])[0]
 
 
-def forecast(options, shape):
-    """A Forecast of these options of train.py."""
-    dtype = dtype_of(options)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = GPT(shape).train()
-        if options['adapter']:
-            hold_base(model, options['base_format'], dtype)
-            if options['base_format'] == 'float32' and not options['matmul']:
-                hold_linears_in(model, dtype)
-            attach(model, from_keys(options))
-        if options['checkpoint_activations']:
-            model.checkpoint_activations(options['checkpoint_activations'] if not options['adapter'] else True)
-        if options['weights_dtype'] == 'bfloat16':
-            hold_in_bfloat16(model)
-    if options['matmul']:
-        convert(model, options['matmul'], dtype, options['block_size'], options['matmul_keep_last'],
-                gemms=options['matmul_gemms'])
-    betas, keep = (options['beta1'], options['beta2']), options['optimizer_state']
+def build(options, shape):
+    """The model that train.py makes of these options, with weights as they begin."""
+    model = GPT(shape).train()
+    if options['adapter']:
+        hold_base(model, options['base_format'], options['dtype'])
+        if options['base_format'] == 'float32' and not options['matmul']:
+            hold_linears_in(model, options['dtype'])
+        attach(model, from_keys(options))
+    if options['checkpoint_activations']:  # 'selective' is not for adapters
+        model.checkpoint_activations(bool(options['adapter']) or options['checkpoint_activations'])
+    if options['weights_dtype'] == 'bfloat16':
+        hold_in_bfloat16(model)
+    return model
 
-    def make_optimizer(model):
-        if options['optimizer'] == 'muon':
-            return optim.muon(model, 0.0, 0.0, betas, 0.0, iterations=options['muon_iterations'], keep=keep)
-        return optim.adamw(model, 0.0, 0.0, betas, low_rank_Bs(model), options['loraplus_lr_ratio'], keep)
-    return Forecast(model, make_optimizer, options['block_size'], dtype, compiled(options), offloaded=keep == 'cpu')
+
+def make_optimizer(options, model):
+    betas, keep = (options['beta1'], options['beta2']), options['optimizer_state']
+    if options['optimizer'] == 'muon':
+        return optim.muon(model, 0.0, 0.0, betas, 0.0, iterations=options['muon_iterations'], keep=keep,
+                          dtype=torch.bfloat16 if options['dtype'] == 'bfloat16' else torch.float32)
+    return optim.adamw(model, 0.0, 0.0, betas, low_rank_Bs(model), options['loraplus_lr_ratio'], keep)
+
+
+def forecast(options, shape, device=None):
+    """A Forecast of these options of train.py, on a GPU or on `device`."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(options, shape)
+    if options['matmul']:
+        convert(model, options['matmul'], options['dtype'], options['block_size'], options['matmul_keep_last'],
+                gemms=options['matmul_gemms'])
+    return Forecast(model, functools.partial(make_optimizer, options), options['block_size'], options['dtype'],
+                    options['compile'], offloaded=options['optimizer_state'] == 'cpu',
+                    gpu=device is None or device.type == 'cuda')
+
+
+def measured(options, shape, device, batch_size):
+    """The most bytes that torch's allocator holds in a step of two such micro-batches, which another has prepared."""
+    model = build(options, shape).to(device)
+    if options['matmul']:
+        convert(model, options['matmul'], options['dtype'], options['block_size'], options['matmul_keep_last'],
+                gemms=options['matmul_gemms'])
+    if options['compile']:
+        model.compile()
+    return measured_step(model, make_optimizer(options, model), batch_size, options['block_size'], options['dtype'])
+
+
+def measured_step(model, optimizer, batch_size, block_size, dtype):
+    device = next(model.parameters()).device
+    optim.set_rates(optimizer, 0, 0.0)
+    ids = torch.randint(model.config.vocab_size, (batch_size, block_size), device=device)
+
+    def step(micro_steps):
+        for _ in range(micro_steps):
+            with hardware.autocast(device, dtype):
+                loss = model.loss(ids, ids)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    step(1)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        step(2)
+        return torch.cuda.max_memory_allocated(device)
+    held = nbytes([ids, *model.parameters(), *model.buffers(),
+                   *(t for state in optimizer.state.values() for t in state.values())])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(2)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return held + max(itertools.accumulate(event.nbytes() for event in events if event.name() == '[memory]'))

@@ -615,7 +615,10 @@ def test_plan_without_data_or_weights(project, run_bench, monkeypatch):
     largest = figures['rows']['full']['largest']
     assert f'fits in 0.009 GB: --batch_size={largest} --gradient_accumulation_steps={16 // largest}\n' in out
     assert 1.05 * figures['rows']['full']['steps'][-1]['peak'] <= 0.009
-    measured, out = run_bench(*asked, '--memory=0.0001')
+    assert not any('measured' in row for row in (full, lora, qlora))
+    measured, out = run_bench(*asked, '--memory=0.0001', '--check=True', '--device=cpu')
+    for row in measured['figures']['rows'].values():
+        assert row['steps'][0]['peak'] == pytest.approx(row['steps'][0]['measured'], rel=0.1)
     assert measured['figures']['rows']['full']['largest'] is None
     assert 'a single sequence does not fit in 0.0001 GB' in out
 
@@ -627,7 +630,7 @@ def test_plan_without_data_or_weights(project, run_bench, monkeypatch):
 def test_whatever_is_trained_is_planned(keys):
     default, _ = resolve(f'{ROOT}/train.py', [])
     shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=64)
-    found = plan.forecast(default | shape | dict(compile=False) | keys,
+    found = plan.forecast(default | shape | dict(compile=False, dtype='bfloat16') | keys,
                           GPTConfig(**shape, vocab_size=300, arch=keys.get('arch', 'gpt2')))
     assert found.at(4).peak < found.at(8).peak < found.at(16).peak
     assert plan.model_config(default | keys).n_embd == 768

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import memory
 import optim
 from adapters import AdapterConfig, attach, hold_base
+from bench.plan import measured_step
 from configurator import InputError
 from matmul import RECIPES, convert
 from memory import Forecast, Step
@@ -27,47 +27,16 @@ def muon(model):
     return optim.muon(model, 0.0, 0.0, (0.9, 0.95), 0.0)
 
 
-def measured(model, make_optimizer, batch_size, block_size, accumulates):
-    """The most bytes of tensors that torch's CPU allocator holds in a step, that of the weights included."""
-    optimizer = make_optimizer(model)
-    optim.set_rates(optimizer, 0, 0.0)
-
-    def micro_step():
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = model.loss(x, x)
-        loss.backward()
-
-    def update():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    x = torch.zeros(batch_size, block_size, dtype=torch.int64)
-    micro_step()
-    update()
-    before = memory.nbytes([*model.parameters(), *model.buffers(),
-                            *(t for state in optimizer.state.values() for t in state.values())])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        for _ in range(1 + accumulates):
-            micro_step()
-        update()
-    now = peak = 0
-    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == '[memory]':
-            now += event.nbytes()
-            peak = max(peak, now)
-    return before + peak
-
-
 @pytest.mark.parametrize('kind, make_optimizer, checkpointed', [
     (KINDS[0], adamw, False), (KINDS[1], muon, False), (KINDS[0], muon, 'selective'), (KINDS[1], adamw, True)])
 def test_a_step_takes_what_was_foreseen(kind, make_optimizer, checkpointed):
     model = built(**kind)
     if checkpointed:
         model.checkpoint_activations(checkpointed)
-    foreseen = Forecast(model, make_optimizer, 64, 'bfloat16')
+    foreseen = Forecast(model, make_optimizer, 64, 'bfloat16', gpu=False)
     for batch_size in (40, 100):
         assert foreseen.at(batch_size).peak == pytest.approx(
-            measured(model, make_optimizer, batch_size, 64, accumulates=True), rel=0.1)
+            measured_step(model, make_optimizer(model), batch_size, 64, 'bfloat16'), rel=0.1)
 
 
 def test_the_compiled_graphs_keep_what_they_keep():
@@ -83,6 +52,14 @@ def test_the_compiled_graphs_keep_what_they_keep():
     per_layer = tokens * width * 2 * (2 + 2 + 3 + 1 + 8)
     loss = tokens * width * 2 + 9000 * width * 4
     assert layers * per_layer + loss == pytest.approx(compiled.activations, rel=0.15)
+
+
+def test_on_a_gpu_eager_layernorms_keep_float32():
+    """Of each of the two layers' two norms and the last: the input, in 4 bytes for 2."""
+    here, there = (Forecast(built(), adamw, 64, 'bfloat16', gpu=gpu).at(64) for gpu in (False, True))
+    assert there.activations - here.activations == pytest.approx(5 * 64 * 64 * 64 * 2, rel=0.1)
+    assert Forecast(built(arch='modern'), adamw, 64, 'bfloat16').at(64) == Forecast(
+        built(arch='modern'), adamw, 64, 'bfloat16', gpu=False).at(64)
 
 
 def test_less_is_kept_of_checkpointed_blocks():
