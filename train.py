@@ -392,6 +392,9 @@ n_params, full_bytes = model.n_params(), 16 * model.n_params()
 # number format of the matmuls; on a CPU 'auto' depends on the model's width
 if dtype == 'auto' and resuming and resumed.get('dtype', {}).get(device.type):
     dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
+chosen = resumed.get('chosen', {}).get(hardware.device_name(device), {}) if resuming else {}
+if attn_backend == 'auto':
+    attn_backend = chosen.get('attn_backend', 'auto')
 width = model.config.n_embd
 dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, width, 4 * width))
 # 'auto' tries things out: the first process decides
@@ -400,9 +403,9 @@ if weights_dtype != 'float32' and dtype != weights_dtype:
     raise InputError(f'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
 if base_format == 'bfloat16' and dtype != 'bfloat16':
     raise InputError(f'base_format=bfloat16 needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
-attn_backend, attn_reason = hardware.find_attn_backend(
+attn_backend, attn_reason = parallel.of_master(hardware.find_attn_backend(
     attn_backend, device, dtype, block_size, None if document_mask else  # which no kernel has but torch's choice
-    (8, model.config.n_head, block_size, width // model.config.n_head))
+    (8, model.config.n_head, block_size, width // model.config.n_head)))
 
 # a base, and an adapter beside it
 if trained:
@@ -524,7 +527,9 @@ def micro_step_seconds(batch_size):
 
 batch_size_reason, eval_batch_size = '', batch_size
 if choose_batch_size:
-    if master:
+    if 'batch_size' in chosen:
+        batch_size, batch_size_reason = chosen['batch_size'], 'as chosen before'
+    elif master:
         batch_size, batch_size_reason = fastest(divisors(total_batch_size // block_size // world_size),
                                                 micro_step_seconds, forecast(), memory_there, device)
     batch_size = parallel.of_master(batch_size)
@@ -533,6 +538,7 @@ if choose_batch_size:
     # an evaluation reads the same, whatever was chosen: batches of 12 sequences, in smaller ones where 12 do not fit
     eval_batch_size = next(size for size in divisors(12) if size <= batch_size)
     eval_iters *= 12 // eval_batch_size
+chosen = {'attn_backend': attn_backend} | ({'batch_size': batch_size} if choose_batch_size else {})
 if replicated:
     model = parallel.replicate(model, device)
 train_loss = raw_model.loss if sharding else lambda x, y: model(x, y)[1]
@@ -618,8 +624,9 @@ def save(best):
     checkpoint.save(out_dir, {
         **of_adapter, 'model': weights, 'optimizer': moments, 'scaler': scaler.state_dict(),
         'model_args': raw_model.config.to_save(), 'config': config, 'tokenizer': meta['tokenizer'],
-        'dtype': {device.type: dtype}, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
-        'last_eval': last_eval, 'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,
+        'dtype': {device.type: dtype}, 'chosen': {hardware.device_name(device): chosen}, 'iter_num': iter_num,
+        'best_val_loss': best_val_loss, 'best_iter': best_iter, 'last_eval': last_eval,
+        'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,
         'tokens': iter_num * tokens_per_iter, 'data': {'name': dataset, 'source': meta.get('source', '')},
         'wandb_id': wandb_id, 'matmul': matmul_now}, best)
 
@@ -656,9 +663,6 @@ signal.signal(signal.SIGTERM, interrupt)
 if cuda_graphs:  # whose own gradients are overwritten by the next micro-batch's
     for p in raw_model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-gc.collect()
-gc.freeze()
-gc.disable()  # a collection takes up to half a second; what a step leaves behind is collected at evaluations
 clock = hardware.StepClock(device)
 first_bad = torch.full((), math.inf, device=device)  # the first step whose loss or gradient was not finite
 first_iter, laps, lap_start = iter_num, [], iter_num
@@ -695,7 +699,6 @@ while True:
     finished = at >= max_iters or out_of_time
     if eval_only or (finished or iter_num % eval_interval == 0) and iter_num != last_eval:
         clock.stop()
-        gc.collect()
         losses, last_eval = evaluate(), iter_num
         check_finite(losses['val'])
         if master:
@@ -755,6 +758,9 @@ while True:
         if iter_num > first_iter:
             laps.append(seconds)
         else:  # the first step warms up and compiles
+            # what there is now stays: collecting garbage need not go through it, which takes up to half a second
+            gc.collect()
+            gc.freeze()
             clock.forget()
         speed = tokens_per_iter / seconds
         mfu = flops_per_token * speed / (peak * world_size)

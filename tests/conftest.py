@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import io
 import json
 import os
@@ -41,6 +42,7 @@ class Project:
             with contextlib.redirect_stdout(out):
                 return runpy.run_path(os.path.join(ROOT, script), run_name='__main__'), out.getvalue()
         finally:
+            gc.unfreeze()
             sys.argv, sys.excepthook = before
             for signum, handler in handlers:
                 signal.signal(signum, handler)

@@ -86,7 +86,9 @@ def test_a_chosen_micro_batch_changes_nothing_else(project, monkeypatch):
     for other in (eight, given):
         assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-5)
     assert list(val.values()) == pytest.approx(list(val8.values()), rel=1e-5)
-    assert checkpoint.load('one/ckpt.pt')['config']['batch_size'] == 'auto'
+    assert checkpoint.load('eight/ckpt.pt')['config']['batch_size'] == 'auto'
+    run, out = project.resume(out_dir='eight', max_iters=5)  # what was chosen then, without a trial
+    assert run['batch_size'] == 8 and 'batch_size: as chosen before' in out
 
 
 def test_accumulation_is_a_larger_batch(project):
