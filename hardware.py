@@ -303,7 +303,7 @@ def memory_limit(device, gigabytes=0.0):
     if device.type == 'cuda':
         free, there_is = torch.cuda.mem_get_info(device)
         if gigabytes:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / there_is), device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / there_is))  # of prepare()'s device
         there_is = free + torch.cuda.memory_reserved(device)
     elif hasattr(os, 'sysconf'):
         there_is = 0.9 * os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')

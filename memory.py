@@ -58,15 +58,14 @@ class Forecast:
     The Steps of a model: all of it is known of two sizes of micro-batch, and grows evenly with them.
 
     model: as it is trained, on any device, the meta device included; it is not touched. make_optimizer: of a model.
-    offloaded: whether the optimizer's state lies in the CPU's memory. accumulates: whether a step has several
-    micro-batches, so that gradients are there during forward. gpu: whether that is where it trains.
+    offloaded: whether the optimizer's state lies in the CPU's memory. gpu: whether that is where it trains. A step is
+    taken to have several micro-batches: from the second on the gradients are there during forward.
     """
 
-    def __init__(self, model, make_optimizer, block_size, dtype, compile=False, accumulates=True, offloaded=False,
-                 gpu=True):
+    def __init__(self, model, make_optimizer, block_size, dtype, compile=False, offloaded=False, gpu=True):
         tokens = 2 * max(model.config.loss_chunk, 1024)  # from two pieces of the loss on, memory grows evenly
         least = -(-tokens // block_size)
-        self._known = [_step(model, make_optimizer, size, block_size, dtype, compile, accumulates, offloaded, gpu)
+        self._known = [_step(model, make_optimizer, size, block_size, dtype, compile, offloaded, gpu)
                        for size in (least, 2 * least)]
 
     def at(self, batch_size):
@@ -87,15 +86,17 @@ def fake_copy(model, mode):
         fakes |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
     copied = copy.deepcopy(model, fakes)
     copied.undo_compile()
+    if copied.attn_backend in hardware.GPU_ATTENTION:  # which a CPU has not; they keep as much
+        copied.use_attention('sdpa')
     return copied
 
 
-def _step(model, make_optimizer, batch_size, block_size, dtype, compile, accumulates, offloaded, gpu):
-    mode, alive = FakeTensorMode(allow_non_fake_inputs=True), Alive()  # a checkpoint's random state is real
+def _step(model, make_optimizer, batch_size, block_size, dtype, compile, offloaded, gpu):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a checkpoint's random state is real
     model = fake_copy(model, mode)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = nbytes([*model.parameters(), *model.buffers()])
-    with mode, alive:
+    with mode, Alive([*model.parameters(), *model.buffers()]) as alive:
         optimizer = make_optimizer(model)
         optim.set_rates(optimizer, 0, 0.0)
         for _ in range(2):  # the first makes the state
@@ -115,8 +116,8 @@ def _step(model, make_optimizer, batch_size, block_size, dtype, compile, accumul
         activations, forward, backward = (_compiled if compile else _eager)(model, x, x.clone(), dtype)
     batch = 4 * nbytes([x])  # with its targets, and the next one, which is on its way
     elsewhere = state if offloaded else 0
-    held = weights + state + (gradients if accumulates else 0)
-    return Step(batch_size, weights, gradients if accumulates else 0, state - elsewhere, activations, *(
+    held = weights + state + gradients
+    return Step(batch_size, weights, gradients, state - elsewhere, activations, *(
         batch + peak - elsewhere for peak in (held + forward, held + backward, weights + update)))
 
 
@@ -128,10 +129,11 @@ def nbytes(tensors):
 class Alive(TorchDispatchMode):
     """Bytes of the storages that operations have made in this mode and that still exist."""
 
-    def __init__(self):
+    def __init__(self, tensors):
+        """tensors: that there are already, for a view of one is made as well."""
         super().__init__()
         self.now = self.peak = 0
-        self._seen = weakref.WeakSet()
+        self._seen = weakref.WeakSet(t.untyped_storage() for t in tensors)
 
     def forget_peak(self):
         self.peak = self.now
@@ -159,7 +161,7 @@ class LayerNormOfGPU(nn.LayerNorm):
 
 def _eager(model, x, y, dtype):
     """Bytes of what a micro-step makes: (kept for backward, the most in forward, the most in backward)."""
-    with Alive() as alive:
+    with Alive([x, y, *model.parameters(), *model.buffers()]) as alive:
         with hardware.autocast(CPU, dtype):
             loss = model.loss(x, y)
         kept, forward = alive.now, alive.peak
@@ -276,7 +278,7 @@ def out_of_memory_advice(batch_size, accumulation, limit, forecast):
         yield
     except torch.OutOfMemoryError:
         sizes = divisors(batch_size)[1:]
-        size, expected = next(iter(sizes), None), ''
+        size, expected = next(iter(sizes), None), ', a guess'
         with contextlib.suppress(Exception):  # whatever it is, it would hide what has happened
             foreseen = forecast()
             size = foreseen.largest(limit, sizes)

@@ -388,7 +388,7 @@ class GPT(nn.Module):
         if config.smear:
             stem['smear'] = Smear(config)
         self.stem = list(stem)
-        self.loss_of_chunk = loss_of_chunk
+        self.loss_of_chunk, self.attn_backend = loss_of_chunk, 'sdpa'
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **stem,
@@ -441,7 +441,8 @@ class GPT(nn.Module):
         self.loss_of_chunk = loss_of_chunk
 
     def use_attention(self, backend):
-        """'sdpa' or 'math': the same values by another kernel."""
+        """A name in ATTENTION: the same values by another kernel."""
+        self.attn_backend = backend
         for block in self.transformer.h:
             block.attn.attend = ATTENTION[backend]
 

@@ -146,6 +146,7 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, keep, groups, **options):
         super().__init__(groups, **options)
         self.moments = MOMENTS[keep]
+        self._step_supports_amp_scaling = False  # as torch's fused one does: here GradScaler skips a step by itself
 
     @torch.no_grad()
     def step(self):

@@ -77,8 +77,9 @@ def end():
 
 def replicate(model, device):
     """The model, whole on `device` in every process, as a module whose backward averages the gradients."""
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                   broadcast_buffers=False)  # they are constants
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False,  # constants
+        gradient_as_bucket_view=True)  # there is no second copy of them
 
 
 def shard(model, device, dtype, compile):

@@ -174,8 +174,8 @@ if resuming:
             raise InputError(f'{ckpt_path} has {key}={saved.get(key, "")}, but this run asks for {config[key]}: leave '
                              f'{key} out, or begin a new run in another out_dir')
     inherit(globals(), config, given, saved, ckpt_path, except_keys=(
-        'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'compile', 'backend', 'sharding',
-        'peak_flops', 'base'))
+        'out_dir', 'init_from', 'eval_only', 'max_minutes', 'device', 'dtype', 'attn_backend', 'compile', 'cuda_graphs',
+        'memory_limit', 'backend', 'sharding', 'peak_flops', 'base'))
     if train_minutes and resumed.get('train_seconds', 0.0) >= 60 * train_minutes and not eval_only:
         raise InputError(f'{ckpt_path} has trained its train_minutes={train_minutes}: give more, or --train_minutes=0 '
                          f'for all of max_iters={max_iters}')
@@ -247,7 +247,7 @@ if sharding:
                            'train.py ..., or leave it out'),
             (device.type not in ('cuda', 'cpu'), f'is for GPUs of CUDA, and CPUs: leave it out on {device.type}'),
             (optimizer_state != 'float32', f'with optimizer_state={optimizer_state}: the shares of moments are in '
-                                           f'float32; leave optimizer_state out'),
+                                           f'float32; give --optimizer_state=float32'),
             (batch_size == 'auto', 'with batch_size=auto: a size is tried by one process alone; give a number'),
             (weights_dtype != 'float32', f'with weights_dtype={weights_dtype}: the shares are in float32, and gathered '
                                          f'in dtype; leave weights_dtype out'),
@@ -270,7 +270,8 @@ if choose_batch_size:
     if total_batch_size % (block_size * world_size):
         raise InputError(f'total_batch_size={total_batch_size} tokens cannot be made of sequences of block_size='
                          f'{block_size} in {world_size} processes: change one of them')
-    batch_size = 1  # until there is a model to try others
+    # until there is a model to try others
+    batch_size = next(size for size in divisors(total_batch_size // block_size // world_size) if size <= 8)
 tokens_per_micro_batch = batch_size * block_size
 if total_batch_size is not None:
     gradient_accumulation_steps, rest = divmod(total_batch_size, tokens_per_micro_batch)
@@ -301,8 +302,10 @@ if compile == 'auto':
     compile, compile_reason = hardware.can_compile(device)
 elif isinstance(compile, str):
     raise InputError(f'compile={compile!r} must be auto, True or False')
-if cuda_graphs and (torchrun or not compile or device.type != 'cuda'):
-    raise InputError('cuda_graphs is for one process on a GPU, compiled: leave it out')
+if cuda_graphs and (torchrun or choose_batch_size or not compile or device.type != 'cuda'):
+    raise InputError('cuda_graphs is for one process on a GPU, compiled, with a batch_size that is given: leave it out')
+if document_mask and attn_backend in hardware.GPU_ATTENTION:
+    raise InputError(f'attn_backend={attn_backend} has no document_mask: use auto')
 if torchrun:
     backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
     parallel.start(device, backend)
@@ -404,7 +407,7 @@ if weights_dtype != 'float32' and dtype != weights_dtype:
 if base_format == 'bfloat16' and dtype != 'bfloat16':
     raise InputError(f'base_format=bfloat16 needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
 attn_backend, attn_reason = parallel.of_master(hardware.find_attn_backend(
-    attn_backend, device, dtype, block_size, None if document_mask else  # which no kernel has but torch's choice
+    attn_backend, device, dtype, block_size, None if document_mask or adapter == 'prefix' else  # these need a mask
     (8, model.config.n_head, block_size, width // model.config.n_head)))
 
 # a base, and an adapter beside it
@@ -439,7 +442,8 @@ if weights_dtype == 'bfloat16':
 if sharding:  # a recipe rounds float32 weights, and of an adapter's some are not for matmuls
     parallel.shard(model, device, None if matmul or trained else hardware.DTYPES[dtype], compile)
 else:
-    model.to(device)
+    with out_of_memory_advice(1, 1, memory_there, None):
+        model.to(device)
 matmul_how, matmul_now = f'in {dtype}', matmul
 if matmul_until is None:
     matmul_until = RECIPES[matmul].until if matmul in RECIPES else 1.0
@@ -508,8 +512,8 @@ autocast = hardware.autocast(device, dtype)
 
 
 def forecast():
-    return Forecast(raw_model, make_optimizer, block_size, dtype, bool(compile), micro_steps > 1,
-                    optimizer_state == 'cpu', device.type != 'cpu')
+    return Forecast(raw_model, make_optimizer, block_size, dtype, bool(compile), optimizer_state == 'cpu',
+                    device.type != 'cpu')
 
 
 def micro_step_seconds(batch_size):
@@ -603,7 +607,7 @@ def evaluate():
     for split, tokens in (('train', train_tokens), ('val', val_tokens)) if master or sharding else ():
         total, n = 0.0, 0
         for x, y in eval_batches(tokens, eval_batch_size, eval_iters, device):
-            with autocast:
+            with autocast, out_of_memory_advice(eval_batch_size, gradient_accumulation_steps, memory_there, forecast):
                 total, n = total + raw_model.loss(x, y), n + 1
         losses[split] = (total / n).item()
     raw_model.train()

@@ -111,6 +111,8 @@ def build(options, shape):
         attach(model, from_keys(options))
     if options['checkpoint_activations']:  # 'selective' is not for adapters
         model.checkpoint_activations(bool(options['adapter']) or options['checkpoint_activations'])
+    if options['document_mask']:
+        model.within_documents(0)
     if options['weights_dtype'] == 'bfloat16':
         hold_in_bfloat16(model)
     return model

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -101,6 +103,36 @@ def test_clock_stands_still(monkeypatch):
     now[0] = 104.0  # steps after the last log line
     clock.stop()
     assert clock.total == 5.0
+
+
+def test_memory_of_a_gpu_and_a_limit(monkeypatch):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (100e9, 140e9))
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda device: 2e9)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch._C, '_cuda_setMemoryFraction', lambda fraction, device: fractions.append(fraction),
+                        raising=False)
+    monkeypatch.setattr(torch.cuda.memory, '_lazy_init', lambda: None)
+    for device in ('cuda', 'cuda:1'):
+        assert hardware.memory_limit(torch.device(device)) == 102e9 and not fractions
+    assert hardware.memory_limit(torch.device('cuda'), 12.0) == 12e9 and fractions == [12 / 140]
+    assert hardware.memory_limit(torch.device('cpu')) > 1e8
+
+
+def test_a_gpus_attention_is_the_kernel_that_is_faster_there(monkeypatch):
+    seconds = {'cudnn': 2e-3, 'flash': 1e-3}
+    monkeypatch.setattr(hardware, '_attention_seconds', lambda kernel, *_: seconds[kernel])
+    find = functools.partial(hardware.find_attn_backend, device=torch.device('cuda'), block_size=1024)
+    assert find('auto', dtype='bfloat16', shape=(1, 1, 8, 8)) == ('flash', 'cudnn 2.00 ms, flash 1.00 ms')
+    assert find('auto', dtype='bfloat16')[0] == find('auto', dtype='float32', shape=(1, 1, 8, 8))[0] == 'sdpa'
+    assert find('cudnn', dtype='float16')[0] == 'cudnn'
+
+    def has_none(*_):
+        raise RuntimeError('No available kernel')
+    monkeypatch.setattr(hardware, '_attention_seconds', has_none)
+    assert find('auto', dtype='bfloat16', shape=(1, 1, 8, 8))[0] == 'sdpa'
+    with pytest.raises(InputError, match='attn_backend=flash is for a GPU, in bfloat16 or float16'):
+        find('flash', dtype='float32')
 
 
 def test_duration():

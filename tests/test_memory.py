@@ -54,6 +54,17 @@ def test_the_compiled_graphs_keep_what_they_keep():
     assert layers * per_layer + loss == pytest.approx(compiled.activations, rel=0.15)
 
 
+@pytest.mark.parametrize('compile', [False, True])
+def test_the_kernels_of_gpus_keep_as_much_as_torchs_choice(compile):
+    steps = []
+    for backend in ('sdpa', 'cudnn', 'flash'):
+        model = built(block_size=256)
+        model.use_attention(backend)
+        steps.append(Forecast(model, adamw, 256, 'bfloat16', compile).at(16))
+        assert model.attn_backend == backend
+    assert steps[0] == steps[1] == steps[2]
+
+
 def test_on_a_gpu_eager_layernorms_keep_float32():
     """Of each of the two layers' two norms and the last: the input, in 4 bytes for 2."""
     here, there = (Forecast(built(), adamw, 64, 'bfloat16', gpu=gpu).at(64) for gpu in (False, True))
@@ -131,8 +142,9 @@ def test_out_of_memory_names_what_fits(batch_size, limit, advice):
 
 
 def test_without_a_forecast_the_next_smaller_is_named():
-    with pytest.raises(InputError, match='batch_size=6 --gradient'), memory.out_of_memory_advice(12, 4, 100, None):
-        raise torch.OutOfMemoryError('CUDA out of memory')
+    with pytest.raises(InputError, match='--gradient_accumulation_steps=8, a guess'):
+        with memory.out_of_memory_advice(12, 4, 100, None):
+            raise torch.OutOfMemoryError('CUDA out of memory')
 
 
 @pytest.mark.parametrize('device, limit, seconds, tried, best', [

@@ -234,6 +234,25 @@ def test_moments_in_the_cpus_memory_are_the_same_and_in_8_bits_nearly(kind):
     assert held['8bit'] == pytest.approx(held['float32'] * (1 + 4 / 256) / 4, rel=0.01)
 
 
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+@pytest.mark.parametrize('keep', optim.MOMENTS)
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(kind, keep):
+    m = model()
+    optimizer, scaler = made(kind, m, keep), torch.amp.GradScaler('cpu', init_scale=4.0)
+    optim.set_rates(optimizer, 0, 1.0)
+    for finite in (False, True):
+        before = [p.clone() for p in m.parameters()]
+        for p in m.parameters():
+            p.grad = torch.ones_like(p)
+        if not finite:
+            m.transformer.wte.weight.grad[0, 0] = torch.inf
+        scaler.scale(torch.zeros(()))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(p, b) != finite for p, b in zip(m.parameters(), before, strict=True))
+
+
 def test_moments_in_8_bits_are_within_a_digit_and_in_the_mean_exact():
     p = torch.randn(40, 10)
     for which, value in ((0, torch.randn(40, 10) * torch.logspace(-6, 3, 10)), (1, torch.rand(40, 10) ** 4 + 1e-12)):

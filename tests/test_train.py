@@ -110,6 +110,7 @@ def test_accumulation_is_a_larger_batch(project):
     dict(arch='modern', optimizer='muon', embd_lr=1e-3, dtype='float16'),
     dict(optimizer_state='8bit', checkpoint_activations='selective', dropout=0.2),
     dict(optimizer_state='cpu', arch='modern', optimizer='muon'),
+    dict(optimizer_state='8bit', dtype='float16'),
     dict(optimizer_state='8bit', arch='modern', optimizer='muon', weights_dtype='bfloat16', dtype='bfloat16'),
 ])
 def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
@@ -583,6 +584,7 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(memory_limit=12), 'memory_limit=12.0 is for a GPU, not for cpu'),
     (dict(cuda_graphs=True), 'cuda_graphs is for one process on a GPU, compiled'),
     (dict(attn_backend='cudnn'), 'attn_backend=cudnn is for a GPU'),
+    (dict(attn_backend='flash', document_mask=True), 'attn_backend=flash has no document_mask'),
     (dict(seed=-1), 'seed=-1 must be at least 0'), (dict(beta1=1.5), 'beta1=1.5 must be below 1'),
     (dict(learning_rate=-1), 'learning_rate=-1.0 must be'), (dict(peak_flops=0), 'peak_flops=0.0 must be above 0'),
     (dict(sample_tokens=5, sample_start='a', dataset='chars'), "the character 'a' is not among"),
