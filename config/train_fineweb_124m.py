@@ -7,8 +7,9 @@
 #   python data/fineweb_edu/prepare.py --tokens=2B
 #   python train.py config/train_fineweb_124m.py
 #
-# Needs: a GPU. python bench.py --suite=sweep config/train_fineweb_124m.py finds the batch_size that is fastest on
-# yours; the tokens of a step stay the same. Time, memory and loss: not yet measured here.
+# Needs: a GPU. --batch_size=auto takes the micro-batch that is fastest on yours; the tokens of a step stay the same.
+# python bench.py --suite=plan config/train_fineweb_124m.py --memory=12 says what fits. Time, memory and loss: not yet
+# measured here.
 
 out_dir = 'out-fineweb-124m'
 dataset = 'fineweb_edu'

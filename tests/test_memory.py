@@ -54,13 +54,12 @@ def test_the_compiled_graphs_keep_what_they_keep():
     assert layers * per_layer + loss == pytest.approx(compiled.activations, rel=0.15)
 
 
-@pytest.mark.parametrize('compile', [False, True])
-def test_the_kernels_of_gpus_keep_as_much_as_torchs_choice(compile):
+def test_the_kernels_of_gpus_keep_as_much_as_torchs_choice():
     steps = []
     for backend in ('sdpa', 'cudnn', 'flash'):
         model = built(block_size=256)
         model.use_attention(backend)
-        steps.append(Forecast(model, adamw, 256, 'bfloat16', compile).at(16))
+        steps.append(Forecast(model, adamw, 256, 'bfloat16').at(16))
         assert model.attn_backend == backend
     assert steps[0] == steps[1] == steps[2]
 
@@ -74,16 +73,14 @@ def test_on_a_gpu_eager_layernorms_keep_float32():
 
 
 def test_less_is_kept_of_checkpointed_blocks():
-    steps = {}
-    for how in (False, 'selective', True):
+    kept = {}
+    for how, compile in ((False, False), ('selective', False), (True, False), (False, True), ('selective', True)):
         model = built()
         if how:
             model.checkpoint_activations(how)
-        for compile in (False, True):
-            steps[how, compile] = Forecast(model, adamw, 64, 'bfloat16', compile).at(64)
-    for compile in (False, True):
-        assert steps[True, compile].activations < 0.8 * steps['selective', compile].activations
-        assert steps['selective', compile].activations < 0.9 * steps[False, compile].activations
+        kept[how, compile] = Forecast(model, adamw, 64, 'bfloat16', compile).at(64).activations
+    assert kept[True, False] < 0.8 * kept['selective', False]
+    assert all(kept['selective', compile] < 0.9 * kept[False, compile] for compile in (False, True))
 
 
 def test_the_optimizers_state_by_how_it_is_kept():
@@ -94,17 +91,16 @@ def test_the_optimizers_state_by_how_it_is_kept():
     assert state['8bit'] == pytest.approx(2 * model.n_params(), rel=0.05) and state['cpu'] == 0
 
 
-@pytest.mark.parametrize('held', ['float32', 'nf4'])
-def test_an_adapter_needs_gradients_and_moments_of_its_own_alone(held):
+@pytest.mark.parametrize('held, compile', [('float32', True), ('nf4', False)])
+def test_an_adapter_needs_gradients_and_moments_of_its_own_alone(held, compile):
     model = built()
     hold_base(model, held, 'bfloat16')
     model.requires_grad_(False)
     attach(model, AdapterConfig('lora', r=4))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for compile in (False, True):
-        step = Forecast(model, adamw, 64, 'bfloat16', compile).at(32)
-        assert step.gradients == 4 * trained and step.optimizer == pytest.approx(8 * trained, abs=1000)
-        assert step.weights == pytest.approx(memory.nbytes([*model.parameters(), *model.buffers()]), rel=1e-3)
+    step = Forecast(model, adamw, 64, 'bfloat16', compile).at(32)
+    assert step.gradients == 4 * trained and step.optimizer == pytest.approx(8 * trained, abs=1000)
+    assert step.weights == pytest.approx(memory.nbytes([*model.parameters(), *model.buffers()]), rel=1e-3)
 
 
 @pytest.mark.parametrize('recipe, compile', [*((recipe, False) for recipe in RECIPES), ('int8', True)])
