@@ -286,6 +286,8 @@ class StepClock:
     def forget(self):
         """The seconds so far were warm-up: they do not count."""
         self.total = self._lapped = 0.0
+        if self._since is not None:
+            self._since = time.perf_counter()
 
 
 def duration(seconds):

@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -39,10 +40,10 @@ class Project:
         handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
         sys.argv = [script, *argv]
         try:
-            with contextlib.redirect_stdout(out):
+            # the garbage of a process with many tests in it takes long to collect
+            with contextlib.redirect_stdout(out), mock.patch.multiple(gc, collect=int, freeze=int):
                 return runpy.run_path(os.path.join(ROOT, script), run_name='__main__'), out.getvalue()
         finally:
-            gc.unfreeze()
             sys.argv, sys.excepthook = before
             for signum, handler in handlers:
                 signal.signal(signum, handler)
