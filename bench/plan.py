@@ -32,7 +32,12 @@ ROWS = {'full': {'adapter': ''}, 'LoRA': LORA | {'base_format': 'float32'}, 'QLo
 
 def measure(config, train_args, picture):
     """The figures as plain values. Raises InputError."""
-    options, _ = resolve(os.path.join(process.ROOT, 'train.py'), train_args)
+    if config['memory'] <= 0:
+        raise InputError(f'memory={config["memory"]:g} must be above 0: the GB of a GPU, such as 12')
+    options, given = resolve(os.path.join(process.ROOT, 'train.py'), train_args)
+    order = [key for key in given if key in ('total_batch_size', 'gradient_accumulation_steps')]
+    if order[-1:] == ['gradient_accumulation_steps']:  # as in train.py the one that was set last rules
+        options['total_batch_size'] = None
     options['dtype'] = 'bfloat16' if options['dtype'] == 'auto' else options['dtype']
     device = None  # the plan's: a GPU
     if config['check']:
@@ -40,8 +45,9 @@ def measure(config, train_args, picture):
         hardware.prepare(device)
     if options['compile'] == 'auto':
         options['compile'] = not device or device.type == 'cuda'
-    limit, sequences = 1e9 * config['memory'], _sequences(options)
     shape = model_config(options)
+    options['block_size'] = min(options['block_size'], shape.block_size)
+    limit, sequences = 1e9 * config['memory'], _sequences(options)
     print(f'{shape.n_layer} layers x {shape.n_embd}, {shape.vocab_size:,} ids, T={options["block_size"]}, '
           f'{options["dtype"]}, {"compiled" if options["compile"] else "eager"}; GB\n{"":10} {"batch_size":>10} ' +
           ' '.join(f'{name:>{width}}' for name, width in COLUMNS.items()))
@@ -60,9 +66,11 @@ def measure(config, train_args, picture):
                 f'{row[column]:>{width}.2f}' for column, width in COLUMNS.items())
                 + (f'; measured: {row["measured"]:.2f}' if 'measured' in row else ''))
         print(f'{"":10} ' + (
+            f'the whole step fits in {config["memory"]:g} GB: --batch_size={largest}' if largest == sequences else
             f'the largest that fits in {config["memory"]:g} GB: --batch_size={largest} '
             f'--gradient_accumulation_steps={sequences // largest}' if largest else
-            f'a single sequence does not fit in {config["memory"]:g} GB'), flush=True)
+            f'a single sequence does not fit in {config["memory"]:g} GB: try --checkpoint_activations=True or '
+            f'--optimizer_state=8bit'), flush=True)
     print(f'(a step fits if {SLACK:g} times its peak does: the allocator loses some between its blocks)')
     return {'memory': config['memory'], 'model': {'n_layer': shape.n_layer, 'n_embd': shape.n_embd,
                                                   'vocab_size': shape.vocab_size}, 'rows': figures}
@@ -90,8 +98,11 @@ def model_config(options):
     """Of the model that train.py would build of these options. Raises InputError."""
     source = options['init_from']
     if source == 'scratch' or source in SIZES:
-        meta = tokenizer.read_meta(os.path.join('data', options['dataset'])) if options['dataset'] and os.path.isdir(
-            os.path.join('data', options['dataset'])) else tokenizer.ASSUMED_META
+        folder, meta = os.path.join('data', options['dataset'] or 'openwebtext'), tokenizer.ASSUMED_META
+        if tokenizer.paths_of(folder, 'train'):
+            meta = tokenizer.read_meta(folder)
+        elif source == 'scratch':
+            print(f"there are no token files in {folder}: taken to be of GPT-2's vocabulary")
         keys = {key: options[key] for key in ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'smear',
                                               *ARCHITECTURES['gpt2'])}
         if source in SIZES:
