@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -572,7 +573,7 @@ def test_what_nvidia_smi_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no process groups')
-def test_a_time_limit_leaves_nothing_running(tmp_path):
+def test_a_time_limit_leaves_nothing_running(tmp_path, request):
     """A process that starts another, which holds a lock, and then interrupts this one; and one without any time."""
     import fcntl
     lock, script = tmp_path / 'lock', tmp_path / 'script.py'
@@ -584,6 +585,8 @@ subprocess.Popen([sys.executable, '-c', {holder!r}], stdout=subprocess.PIPE).std
 os.kill(os.getppid(), signal.SIGINT)
 time.sleep(600)
 ''')
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), process.time_limit(60):
         process.run(None, str(script), [])
     with open(lock, 'w') as f:
