@@ -74,7 +74,8 @@ config, given = configure(globals(), pass_on=for_train)
 SUITES = ('race', 'sweep', 'ablation', 'speed', 'matmul', 'formats', 'adapters', 'export', 'data', 'plan', 'gpu')
 if suite not in SUITES:
     raise InputError(f'suite={suite!r}: use {", ".join(SUITES)}')
-dest = config['dest'] = dest or os.path.join('results', f'{suite}{"_small" * small}.json')
+no_measurement = '_small' if small else '_foreseen' if suite == 'plan' and not check else ''  # and not to be committed
+dest = config['dest'] = dest or os.path.join('results', f'{suite}{no_measurement}.json')
 if not os.path.isdir(os.path.dirname(dest) or '.'):
     raise InputError(f'dest={dest}: there is no such folder')
 for key in ('runs', 'steps', 'tokens'):

@@ -31,7 +31,7 @@ KERNELS = ('mm', 'scaled_dot_product', 'attention', 'embedding_dense', 'index_pu
 
 
 @dataclass
-class Step:
+class Usage:
     """Bytes of a step in micro-batches of `batch_size` sequences: what is always there, and each phase's peak."""
     batch_size: int
     weights: int
@@ -55,7 +55,7 @@ class Step:
 
 class Forecast:
     """
-    The Steps of a model: all of it is known of two sizes of micro-batch, and grows evenly with them.
+    The Usage of a model: all of it is known of two sizes of micro-batch, and grows evenly with them.
 
     model: as it is trained, on any device, the meta device included; it is not touched. make_optimizer: of a model.
     offloaded: whether the optimizer's state lies in the CPU's memory. gpu: whether that is where it trains. A step is
@@ -72,11 +72,11 @@ class Forecast:
         few, many = self._known
         part = (batch_size - few.batch_size) / (many.batch_size - few.batch_size)
         values = {name: round(value + part * (getattr(many, name) - value)) for name, value in vars(few).items()}
-        return Step(**values)
+        return Usage(**values)
 
-    def largest(self, limit, sizes):
-        """The largest of `sizes` whose step fits in `limit` bytes, or None."""
-        return max((size for size in sizes if SLACK * self.at(size).peak <= limit), default=None)
+    def fitting(self, limit, sizes):
+        """Those of `sizes` whose step fits in `limit` bytes."""
+        return [size for size in sizes if SLACK * self.at(size).peak <= limit]
 
 
 def fake_copy(model, mode):
@@ -117,7 +117,7 @@ def _step(model, make_optimizer, batch_size, block_size, dtype, compile, offload
     batch = 4 * nbytes([x])  # with its targets, and the next one, which is on its way
     elsewhere = state if offloaded else 0
     held = weights + state + gradients
-    return Step(batch_size, weights, gradients, state - elsewhere, activations, *(
+    return Usage(batch_size, weights, gradients, state - elsewhere, activations, *(
         batch + peak - elsewhere for peak in (held + forward, held + backward, weights + update)))
 
 
@@ -239,9 +239,7 @@ class Liveness:
                    for user in node.users)
 
     def run(self, frees=lambda node: False):
-        """(the most bytes, those at the end) of what the graph makes. frees: whether an input
-        goes after its last use.
-        """
+        """(the most bytes, those at the end) of what the graph makes. frees: which inputs go after their last use."""
         ends, maker, until = {}, {}, {}
         for node in self.nodes:
             for key in self.storages[node]:
@@ -281,7 +279,7 @@ def out_of_memory_advice(batch_size, accumulation, limit, forecast):
         size, expected = next(iter(sizes), None), ', a guess'
         with contextlib.suppress(Exception):  # whatever it is, it would hide what has happened
             foreseen = forecast()
-            size = foreseen.largest(limit, sizes)
+            size = max(foreseen.fitting(limit, sizes), default=None)
             expected = f', which is foreseen to take {foreseen.at(size).peak / 1e9:.1f} GB' if size else ''
         raise InputError(
             f'out of GPU memory with batch_size={batch_size}, of {limit / 1e9:.1f} GB: ' + (
@@ -297,7 +295,7 @@ def fastest(sizes, seconds, forecast, limit, device):
     the one before, as long as tokens per second rise: on a GPU from the largest down, on a CPU from the smallest up.
     seconds(size): of a micro-step. Returns the fastest and, in words, what was found. Raises InputError.
     """
-    fitting = [size for size in sizes if SLACK * forecast.at(size).peak <= limit]
+    fitting = forecast.fitting(limit, sizes)
     if not fitting:
         raise InputError(f'not even batch_size=1 fits in {limit / 1e9:.1f} GB: a step would take '
                          f'{forecast.at(1).peak / 1e9:.1f} GB; use --checkpoint_activations=True, '

@@ -31,6 +31,7 @@ EARLY_MOMENTUM = 0.85  # Muon's, in the first step
 
 class Moments:
     """How an optimizer keeps its moments from one step to the next: in float32, beside the weights."""
+    copied = False  # whether what is read is a copy
 
     def new(self, p):
         """Zeros, kept, for a parameter."""
@@ -45,6 +46,7 @@ class Moments:
 
 class MomentsOnCPU(Moments):
     """In the CPU's memory, from and to which they are copied in each step."""
+    copied = True
 
     def new(self, p):
         return torch.zeros(p.shape, dtype=torch.float32, device='cpu', pin_memory=p.device.type == 'cuda')
@@ -64,6 +66,7 @@ class MomentsIn8Bits(Moments):
     """
     power: int  # a second moment is kept as its root, which spans half of the exponents
     block = 256
+    copied = True
 
     def new(self, p):
         blocks = -(-p.numel() // self.block)
@@ -162,8 +165,8 @@ def _adamw_step(group, state, moments):
             state[p] |= {'step': torch.zeros((), device=p.device if group['fused'] else 'cpu'),
                          'exp_avg': first.new(p), 'exp_avg_sq': second.new(p)}
     # by itself a parameter of which there are copies, for they are not to exist beside those of others
-    together = [p for p in params if p.dtype == torch.float32 and type(first) is Moments]
-    batches = [together, *([p] for p in params if p.dtype != torch.float32 or type(first) is not Moments)]
+    apart = [p for p in params if p.dtype != torch.float32 or first.copied]
+    batches = [[p for p in params if p.dtype == torch.float32 and not first.copied], *([p] for p in apart)]
     beta1, beta2 = group['betas']
     for batch in filter(None, batches):
         weights, grads = [p.float() for p in batch], [p.grad.float() for p in batch]  # float32's own are not copied

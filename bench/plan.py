@@ -55,7 +55,7 @@ def measure(config, train_args, picture):
     figures = {}
     for name, changes in (rows | ROWS).items():
         foreseen = forecast(options | changes, shape, device)
-        largest = foreseen.largest(limit, divisors(sequences))
+        largest = max(foreseen.fitting(limit, divisors(sequences)), default=None)
         asked = options['batch_size'] if options['batch_size'] != 'auto' else largest or 1
         steps = [_row(foreseen.at(size)) for size in dict.fromkeys((asked, largest or 1))]
         if device:

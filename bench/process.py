@@ -73,7 +73,8 @@ def python(arguments):
 def check_peer(folder):
     """The absolute path of another trainer's folder. Raises InputError if there is none."""
     if not folder or not os.path.exists(os.path.join(folder, 'train.py')):
-        raise InputError(f'peer={folder!r}: give the folder of another trainer, with its train.py')
+        raise InputError(f'peer={folder!r}: give the folder of another trainer with its train.py, such as '
+                         f'--peer=../nanoGPT')
     return os.path.abspath(folder)
 
 

@@ -31,7 +31,10 @@ def measure(config, train_args, picture):
         raise InputError('no config for this trainer: add one, such as config/speedrun_cpu.py')
     races = []
     with tempfile.TemporaryDirectory() as folder:
-        data = token_files(configurator.resolve(TRAIN, train_args)[0]['dataset'], peer, folder)
+        options, _ = configurator.resolve(TRAIN, train_args)
+        if options['batch_size'] == 'auto':
+            raise InputError('batch_size=auto: give a number, for the peer is evaluated in the same batches')
+        data = token_files(options['dataset'], peer, folder)
         for seed in range(1, config['runs'] + 1):
             there, here = (os.path.join(folder, f'{who} {seed}') for who in ('peer', 'here'))
             theirs = train_peer(peer, peer_args, data, seed, there)

@@ -6,8 +6,8 @@ import optim
 from adapters import AdapterConfig, attach, hold_base
 from bench.plan import measured_step
 from configurator import InputError
-from matmul import RECIPES, convert
-from memory import Forecast, Step
+from matmul import convert
+from memory import Forecast, Usage
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=64, vocab_size=9000, n_layer=2, n_head=2, n_embd=64, loss_chunk=64)
@@ -103,8 +103,10 @@ def test_an_adapter_needs_gradients_and_moments_of_its_own_alone(held, compile):
     assert step.weights == pytest.approx(memory.nbytes([*model.parameters(), *model.buffers()]), rel=1e-3)
 
 
-@pytest.mark.parametrize('recipe, compile', [(recipe, recipe == 'sparse24') for recipe in RECIPES])
-def test_every_recipe_is_foreseen_and_the_model_stays_as_it_is(recipe, compile):
+@pytest.mark.parametrize('recipe, compile', [
+    ('fp8', False), ('int8', False), ('fp4_dge', False), ('ternary', False), ('block_dropout', False),
+    ('sparse24', True)])
+def test_a_recipe_is_foreseen_and_the_model_stays_as_it_is(recipe, compile):
     model = built(n_layer=1)
     convert(model, recipe, 'bfloat16', 64 * 64, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -119,12 +121,12 @@ class Known(Forecast):
     """10 bytes, and 4 for each sequence."""
 
     def __init__(self):
-        self._known = [Step(size, 10, 0, 0, 4 * size, 10 + 4 * size, 10, 10) for size in (1, 2)]
+        self._known = [Usage(size, 10, 0, 0, 4 * size, 10 + 4 * size, 10, 10) for size in (1, 2)]
 
 
-def test_the_largest_that_fits():
+def test_those_that_fit():
     assert Known().at(7).peak == 38 and Known().at(7).temporary == 0
-    assert Known().largest(1.05 * 38, [12, 9, 7, 1]) == 7 and Known().largest(14, [12, 1]) is None
+    assert Known().fitting(1.05 * 38, [12, 9, 7, 1]) == [7, 1] and Known().fitting(14, [12, 1]) == []
 
 
 @pytest.mark.parametrize('batch_size, limit, advice', [
