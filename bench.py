@@ -36,9 +36,9 @@ import os
 import shlex
 import time
 
-import hardware
-from bench import process
 from configurator import InputError, configure
+from sologpt.bench import process
+from sologpt.machine import hardware
 
 # ----------------------------------------------------------------------------------------------------------------------
 suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data, plan or gpu
@@ -84,6 +84,6 @@ for key in ('runs', 'steps', 'tokens'):
 command = shlex.join(['python', 'bench.py', *(f'--{key}={config[key]}' for key in given), *for_train])
 measured = {'command': command, 'date': time.strftime('%Y-%m-%d'), **hardware.versions()}
 picture = os.path.splitext(dest)[0] + '.png'
-measured['figures'] = importlib.import_module(f'bench.{suite}').measure(config, for_train, picture)
+measured['figures'] = importlib.import_module(f'sologpt.bench.{suite}').measure(config, for_train, picture)
 process.write_json(dest, measured)
 print(f'written to {dest}')

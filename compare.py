@@ -17,9 +17,9 @@ import sys
 import time
 from typing import NamedTuple
 
-import hardware
 from configurator import InputError, configure
-from runlog import NANOGPTS_SOURCE, NANOGPTS_STEP, read_run
+from sologpt.machine import hardware
+from sologpt.training.runlog import NANOGPTS_SOURCE, NANOGPTS_STEP, read_run
 
 # ----------------------------------------------------------------------------------------------------------------------
 plot = 'compare.png'  # the picture (.png, .svg or .pdf); '': none

@@ -30,15 +30,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import adapter_files
-import checkpoint
-import hardware
-import hf_files
-import tokenizer
-from adapters import decode_base, merge
 from configurator import InputError, configure
-from formats import Sparse24
-from model import GPT, read
+from model import GPT, GPTConfig
+from sologpt.adapters import adapter_files
+from sologpt.adapters.adapters import decode_base, merge
+from sologpt.files import checkpoint, hf_files
+from sologpt.files.models import read_model
+from sologpt.machine import hardware
+from sologpt.matmuls.formats import Sparse24
+from sologpt.tokens import tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 to = ''  # hf, opt, nanogpt, onnx, torch, merged or peft
@@ -93,7 +93,8 @@ if loaded:
     gpt, tensors = model.config, model.state_dict()
 else:
     source = out_dir or 'out'
-    gpt, tensors, saved = read(source)
+    model_args, tensors, saved = read_model(source)
+    gpt = GPTConfig.from_saved(model_args)
     checkpoint.check_weights(GPT.skeleton(gpt), tensors, source)
 recipe = saved.get('matmul', '')
 if recipe == 'ternary':

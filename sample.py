@@ -13,16 +13,18 @@ import time
 
 import torch
 
-import adapter_files
-import checkpoint
-import hardware
-import tokenizer
-from adapters import Bank, decode_base, merge
 from configurator import InputError, configure
-from decoding import CompiledStep, hold_for_matmuls, read
-from formats import Sparse24
-from matmul import convert, layers, pack_ternary
 from model import GPT
+from sologpt.adapters import adapter_files
+from sologpt.adapters.adapters import Bank, decode_base, merge
+from sologpt.files import checkpoint
+from sologpt.inference.compiled_step import CompiledStep
+from sologpt.inference.generation import lists_of
+from sologpt.machine import hardware
+from sologpt.matmuls.attention import ATTENTION
+from sologpt.matmuls.formats import Sparse24
+from sologpt.matmuls.matmul import convert, hold_for_matmuls, layers, pack_ternary
+from sologpt.tokens import tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -92,7 +94,9 @@ elif folders:
 decode_base(model)
 model.eval().to(device)
 dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
-model.use_attention(hardware.find_attn_backend('auto', device, dtype, model.config.block_size)[0])
+attn_backend, _ = hardware.find_attn_backend('auto', device, dtype, model.config.block_size)
+for block in model.transformer.h:
+    block.attn.attend = ATTENTION[attn_backend]
 if recipe == 'ternary':
     convert(model, recipe, dtype, model.config.block_size, saved['config']['matmul_keep_last'])
     packed, before = pack_ternary(model)
@@ -152,8 +156,8 @@ with hardware.autocast(device, dtype):
     if compile:  # before the clock starts
         list(model.stream(prompt, 1, temperature=0, window_step=window_step, step=step))
     began = time.perf_counter()
-    for tokens in read(model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, window_step, generator,
-                                    step)):
+    drawing = model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, window_step, generator, step)
+    for tokens in lists_of(drawing):
         new.append(tokens)
         if tokens[0] != text.eot:
             print(decoder.decode(text.to_bytes(tokens[:1])), end='', flush=True)

@@ -19,19 +19,22 @@ from dataclasses import replace
 
 import torch
 
-import adapter_files
-import checkpoint
-import hardware
-import optim
-import parallel
-import tokenizer
-from adapters import attach, hold_base, hold_linears_in, low_rank_Bs, training_bytes
 from configurator import InputError, configure, describe, inherit
-from loader import Tokens, TrainBatches, eval_batches
-from matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
-from memory import Forecast, divisors, fastest, out_of_memory_advice
-from model import ARCHITECTURES, GPT, GPTConfig, table_rows
-from runlog import RunLog
+from model import ARCHITECTURES, GPT, GPTConfig
+from sologpt.adapters import adapter_files
+from sologpt.adapters.adapters import attach, hold_base, hold_linears_in, low_rank_Bs, training_bytes
+from sologpt.files import checkpoint
+from sologpt.machine import hardware, parallel
+from sologpt.matmuls.attention import ATTENTION
+from sologpt.matmuls.matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
+from sologpt.matmuls.recompute import RECOMPUTE
+from sologpt.tokens import tokenizer
+from sologpt.tokens.loader import Tokens, TrainBatches, eval_batches
+from sologpt.training import optim
+from sologpt.training.build import table_rows
+from sologpt.training.loss import TrainingLoss
+from sologpt.training.memory import Forecast, divisors, fastest, out_of_memory_advice
+from sologpt.training.runlog import RunLog
 
 # ----------------------------------------------------------------------------------------------------------------------
 # output
@@ -428,15 +431,17 @@ if trained:
                          f'{model.config.block_size} positions of {init_from}: use --block_size='
                          f'{model.config.block_size - model.n_virtual}')
     hardware.give_back_memory()
-model.use_attention(attn_backend)
+for block in model.transformer.h:
+    block.attn.attend, block.recompute = ATTENTION[attn_backend], RECOMPUTE[checkpoint_activations]
 if document_mask:
     eot = tokenizer.eot_of(meta['tokenizer'])
     if eot is None:
         raise InputError(f'document_mask: the tokenizer of {data_dir} has no end of text: leave document_mask out, or '
                          f'use another dataset')
-    model.within_documents(eot)
-if checkpoint_activations:
-    model.checkpoint_activations(checkpoint_activations)
+    if model.n_virtual:
+        raise InputError('document_mask would need the virtual tokens of prompt and prefix before each document: '
+                         'leave it out, or use another adapter')
+    model.config.document_eot = eot
 if weights_dtype == 'bfloat16':
     hold_in_bfloat16(model)
 if sharding:  # a recipe rounds float32 weights, and of an adapter's some are not for matmuls
@@ -506,8 +511,8 @@ pruning = optim.Pruning([layer.weight for layer in layers(model)], prune, prune_
                         prune_end * (max_iters - 1), iter_num)
 
 raw_model, replicated = model, torchrun and not sharding
-if compile and not sharding:
-    model.compile(mode='reduce-overhead' if cuda_graphs else None)
+mode = {'mode': 'reduce-overhead'} if cuda_graphs else {}
+model = raw_loss = TrainingLoss(model, compile, sharded=bool(sharding), **mode)
 autocast = hardware.autocast(device, dtype)
 
 
@@ -521,7 +526,7 @@ def micro_step_seconds(batch_size):
 
     def run():
         with autocast:
-            loss = raw_model.loss(ids, ids)
+            loss = raw_loss(ids, ids)
         loss.backward()
     try:
         return hardware.shortest_seconds(run, device)
@@ -545,7 +550,6 @@ if choose_batch_size:
 chosen = {'attn_backend': attn_backend} | ({'batch_size': batch_size} if choose_batch_size else {})
 if replicated:
     model = parallel.replicate(model, device)
-train_loss = raw_model.loss if sharding else lambda x, y: model(x, y)[1]
 batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
 
 # header
@@ -608,7 +612,7 @@ def evaluate():
         total, n = 0.0, 0
         for x, y in eval_batches(tokens, eval_batch_size, eval_iters, device):
             with autocast, out_of_memory_advice(eval_batch_size, gradient_accumulation_steps, memory_there, forecast):
-                total, n = total + raw_model.loss(x, y), n + 1
+                total, n = total + raw_loss(x, y), n + 1
         losses[split] = (total / n).item()
     raw_model.train()
     return parallel.of_master(losses)
@@ -732,7 +736,7 @@ while True:
             if cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             with autocast:
-                loss = train_loss(x, y)
+                loss = model(x, y)
             # the next batch, while the device computes
             x, y = batches.get(iter_num + (micro_step + 1) // micro_steps, (micro_step + 1) % micro_steps, device)
             scaler.scale(loss / micro_steps).backward()
@@ -792,7 +796,6 @@ if master and laps:
           f'lowest val loss {best_val_loss:.4f} at iter {best_iter}')
 if (master or sharding) and sample_tokens and not stopped:
     raw_model.eval()
-    raw_model.undo_compile()
     if sample_ids is None:
         sample_ids = next(eval_batches(val_tokens, 1, 1, device))[0][0, :16].tolist()
     if sharding:  # all processes draw the same

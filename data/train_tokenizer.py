@@ -15,9 +15,9 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
-from corpus import parts  # noqa: E402
-from sources import find  # noqa: E402
-from tokenizer import END_OF_TEXT, HuggingFace  # noqa: E402
+from sologpt.tokens.corpus import parts  # noqa: E402
+from sologpt.tokens.sources import find  # noqa: E402
+from sologpt.tokens.tokenizer import END_OF_TEXT, HuggingFace  # noqa: E402
 
 report_errors()
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,7 +18,7 @@ os.environ.setdefault('WANDB_MODE', 'offline')
 os.environ['HF_HUB_OFFLINE'] = '1'  # without a network the hub is asked again and again, for half a minute
 os.environ['OMP_NUM_THREADS'] = '1'  # the models are tiny: a second thread would only be waited for
 
-import tokenizer  # noqa: E402
+from sologpt.tokens import tokenizer  # noqa: E402
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, gradient_accumulation_steps=1,
             max_iters=6, eval_interval=3, eval_iters=2, warmup_iters=2, learning_rate=1e-2, out_dir='out',

@@ -9,12 +9,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import adapter_files
-import checkpoint
-from adapter_files import CONFIG, WEIGHTS, Adapter, check_base, fingerprint, load_base, put_to, read, stack, tensors_of
-from adapters import LINEARS, AdapterConfig, NF4Linear, attach, merge, parts
 from configurator import InputError
 from model import GPT, GPTConfig
+from sologpt.adapters import adapter_files
+from sologpt.adapters.adapter_files import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    check_base,
+    fingerprint,
+    load_base,
+    put_to,
+    read,
+    stack,
+    tensors_of,
+)
+from sologpt.adapters.adapters import LINEARS, AdapterConfig, NF4Linear, attach, merge, parts
+from sologpt.files import checkpoint
 
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')  # of transformers about itself

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-import adapters
-from adapters import AdapterConfig, Bank, NF4Linear, Projection, attach, hold_base, merge, parts
 from configurator import InputError
-from formats import NF4
-from hardware import autocast
 from model import GPT, GPTConfig
+from sologpt.adapters import adapters
+from sologpt.adapters.adapters import AdapterConfig, Bank, NF4Linear, Projection, attach, hold_base, merge, parts
+from sologpt.machine.hardware import autocast
+from sologpt.matmuls.attention import ATTENTION
+from sologpt.matmuls.formats import NF4
 
 METHODS = ('lora', 'dora', 'vera', 'bottleneck', 'prompt', 'prefix')
 BESIDE = METHODS[:4]
@@ -93,10 +94,9 @@ def test_training_begins_at_the_base_and_changes_the_adapter_alone(method, kind)
 def test_checkpointed_and_compiled_gradients_are_the_plain_ones(method, held, kind):
     found = []
     for how in ('plain', 'checkpointed', 'compiled'):
-        m = adapted(base(held, n_layer=1, **kind), method).train()
+        again = how == 'checkpointed' and (method in ('lora', 'dora') or 'selective')
+        m = adapted(base(held, n_layer=1, checkpoint_activations=again, **kind), method).train()
         run = m.loss
-        if how == 'checkpointed':
-            m.checkpoint_activations(method in ('lora', 'dora') or 'selective')
         if how == 'compiled':
             run = torch.compile(m.loss, backend='aot_eager', fullgraph=True)
         loss = run(IDX, TARGETS)
@@ -173,8 +173,7 @@ def test_dropout_is_of_the_adapters_input_alone(method):
 
 @pytest.mark.parametrize('method', ['lora', 'vera', 'prompt', 'prefix'])
 def test_flops_are_those_that_are_done(method):
-    m = adapted(base(loss_chunk=0), method).train()
-    m.use_attention('math')
+    m = adapted(base(loss_chunk=0, attn_backend='math'), method).train()
     T = 16 - m.n_virtual
     idx = torch.zeros(2, T, dtype=torch.long)
     in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # which torch does not count
@@ -302,7 +301,9 @@ def test_nf4_linear_multiplies_by_the_decoded_weight(dtype, bias):
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_nf4_gives_memory_back_to_the_system():
     code = '''
-import gc, os, torch, adapters, hardware
+import gc, os, torch
+from sologpt.adapters import adapters
+from sologpt.machine import hardware
 from model import GPT, GPTConfig
 def resident():
     gc.collect()
@@ -423,7 +424,8 @@ def test_begun_from_a_text_it_is_that_text_before(method, kind):
     m.begin_from(text)
     expected = logits(base(**kind), torch.cat([text.expand(len(IDX), -1), IDX], dim=1))[:, P:]
     assert_same(logits(m), expected)
-    m.use_attention('math')
+    for block in m.transformer.h:
+        block.attn.attend = ATTENTION['math']
     assert_same(logits(m), expected)
 
 

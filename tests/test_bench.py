@@ -12,24 +12,17 @@ import pytest
 import torch
 from conftest import ROOT, TINY, options
 
-import adapters
-import bench.ablation
-import bench.adapters
-import bench.data
-import bench.export
-import bench.formats
-import bench.gpu
-import bench.matmul
-import bench.sweep
-import corpus
-import hardware
-import matmul
 import model
-import runlog
-import tokenizer
-from bench import gpu_rows, plan, process
 from configurator import InputError, resolve
 from model import GPTConfig
+from sologpt.adapters import adapters
+from sologpt.bench import ablation, data, export, formats, gpu, gpu_rows, plan, process, sweep
+from sologpt.bench import adapters as adapters_suite
+from sologpt.bench import matmul as matmul_suite
+from sologpt.machine import hardware
+from sologpt.matmuls import matmul
+from sologpt.tokens import corpus, tokenizer
+from sologpt.training import runlog
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
 
@@ -126,13 +119,13 @@ def test_sweep_stops_where_the_memory_ends(project, run_bench, monkeypatch):
     measured, out = run_bench('--suite=sweep', '--steps=1', *TRAIN, '--gradient_accumulation_steps=4')
     assert [row['batch_size'] for row in measured['figures']['rows']] == [1, 2] and 'out of GPU memory' in out
     rows = [{'memory_gb': 1e6}, {'memory_gb': 2e6}]  # four petabytes next
-    assert bench.sweep._next_would_not_fit(rows) and not bench.sweep._next_would_not_fit(rows[:1])
+    assert sweep._next_would_not_fit(rows) and not sweep._next_would_not_fit(rows[:1])
 
 
 def test_ablation_is_over_the_same_seeds(project, run_bench, monkeypatch):
-    monkeypatch.setattr(bench.ablation, 'REPLACED', {'the recipe': {}, 'no steps': {'learning_rate': 0, 'min_lr': 0}})
+    monkeypatch.setattr(ablation, 'REPLACED', {'the recipe': {}, 'no steps': {'learning_rate': 0, 'min_lr': 0}})
     measured, out = run_bench('--suite=ablation', '--runs=2', *TRAIN)
-    for name, changes in bench.ablation.REPLACED.items():
+    for name, changes in ablation.REPLACED.items():
         expected = []
         for seed in (1, 2):
             project.train(seed=seed, **changes)
@@ -146,7 +139,7 @@ def test_ablation_is_over_the_same_seeds(project, run_bench, monkeypatch):
 
 
 def test_every_replacement_is_of_keys_that_train_has():
-    keys = {k for changes in bench.ablation.REPLACED.values() for k in changes}
+    keys = {k for changes in ablation.REPLACED.values() for k in changes}
     with open(f'{ROOT}/train.py', encoding='utf-8') as f:
         source = f.read()
     assert all(f'\n{key} = ' in source or f'\n{key}: ' in source for key in keys)
@@ -197,7 +190,7 @@ def test_matmul_of_every_recipe_at_every_width(project, run_bench):
 
 
 def test_matmul_leaves_out_what_takes_too_long(run_bench, monkeypatch):
-    monkeypatch.setattr(bench.matmul, 'TOO_LONG', 0)
+    monkeypatch.setattr(matmul_suite, 'TOO_LONG', 0)
     measured, out = run_bench('--suite=matmul', '--widths=16,32', '--tokens=16', '--recipes=mxfp4,int8', '--device=cpu')
     first, second = measured['figures']['rows']['mxfp4']
     assert first['ms'] > 0 and 'not measured' in second['skipped'] and second['skipped'] in out
@@ -210,7 +203,7 @@ def test_matmul_leaves_out_what_takes_too_long(run_bench, monkeypatch):
 def test_crossover_is_where_a_recipe_stays_faster(ratios, width):
     rows = [{'width': 100 * (i + 1)} | ({'skipped': ''} if ratio is None else {'ratio_to_bfloat16': ratio})
             for i, ratio in enumerate(ratios)]
-    assert bench.matmul.crossover(rows) == width
+    assert matmul_suite.crossover(rows) == width
 
 
 def test_formats_are_over_the_same_seeds_and_go_on_after_a_failure(project, run_bench, monkeypatch):
@@ -244,10 +237,10 @@ def test_formats_are_over_the_same_seeds_and_go_on_after_a_failure(project, run_
 
 def test_every_recipe_has_its_rows_of_keys_that_train_has():
     train, _ = resolve(f'{ROOT}/train.py', [])
-    linears, formats = bench.matmul._rows(['float32'], train), bench.formats._rows(torch.device('cpu'))
-    for rows in (linears, formats):
+    linears, by_format = matmul_suite._rows(['float32'], train), formats._rows(torch.device('cpu'))
+    for rows in (linears, by_format):
         assert {row['matmul'] for row in rows.values() if 'matmul' in row} == set(matmul.NAMES)
-    for changes in formats.values():
+    for changes in by_format.values():
         resolve(f'{ROOT}/train.py', options(changes))
 
 
@@ -261,8 +254,8 @@ def test_every_recipe_has_its_rows_of_keys_that_train_has():
     (['--suite=matmul', '--tokens=0'], 'tokens=0'), (['--suite=matmul', '--widths=0'], "widths='0' must be"),
     (['--suite=matmul', '--widths=64,wide'], "widths='64,wide' must be"),
     (['--suite=matmul', '--recipes=fp8,int9'], "'int9' is not known: use int8"),
-    (['--suite=formats', '--recipes=float33', *TRAIN], "'float33' is not known: use float32"),
-    (['--suite=formats', '--dataset=nothere'], 'no data in data/nothere'),
+    (['--suite=by_format', '--recipes=float33', *TRAIN], "'float33' is not known: use float32"),
+    (['--suite=by_format', '--dataset=nothere'], 'no data in data/nothere'),
     (['--suite=gpu', f'--peer={ROOT}', '--device=cpu'], 'this suite is for a GPU'),
     (['--suite=gpu', f'--peer={ROOT}', '--small=True', '--n_layer=3'], 'n_layer: this suite sets')])
 def test_bad_input(project, run_bench, argv, message):
@@ -276,10 +269,10 @@ FINETUNE = options({k: v for k, v in TINY.items() if k not in ('out_dir', 'n_lay
 
 def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench, monkeypatch):
     project.train(out_dir='base', max_iters=30, eval_interval=30)
-    monkeypatch.setattr(bench.adapters, 'RATES', {'full': (1e-3, 1e-2), 'lora': (1e-1, 3e-1), 'dora': (1e-2,)})
-    monkeypatch.setattr(bench.adapters, 'SHAPE', bench.adapters.SHAPE | dict(n_layer=2, n_head=2, n_embd=32,
+    monkeypatch.setattr(adapters_suite, 'RATES', {'full': (1e-3, 1e-2), 'lora': (1e-1, 3e-1), 'dora': (1e-2,)})
+    monkeypatch.setattr(adapters_suite, 'SHAPE', adapters_suite.SHAPE | dict(n_layer=2, n_head=2, n_embd=32,
                                                                              vocab_size=256, block_size=96))
-    monkeypatch.setattr(bench.adapters, 'DECODED', 3)
+    monkeypatch.setattr(adapters_suite, 'DECODED', 3)
     train = process.own
 
     def own(script, args):
@@ -317,7 +310,7 @@ def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench,
 
     # A and B beside each block's Linears, (96, 32), (32, 32), (128, 32), (32, 128)
     steps = figures['step_124m']
-    for found, r in ((rows, 2), (steps, bench.adapters.RANK)):
+    for found, r in ((rows, 2), (steps, adapters_suite.RANK)):
         assert found['full']['share'] == 1 and found['lora']['trained'] == 2 * r * (128 + 64 + 160 + 160)
         assert found['lora']['share'] == found['lora']['trained'] / found['lora']['parameters']
         assert 16 * found['full']['trained'] == found['full']['training_bytes']
@@ -335,13 +328,13 @@ def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench,
 
 
 def test_every_adapter_is_measured_by_keys_that_train_has():
-    rows = bench.adapters.ROWS
+    rows = adapters_suite.ROWS
     assert {row['adapter'] for row in rows.values()} == {'', *adapters.METHODS}
-    assert rows.keys() == bench.adapters.RATES.keys()
+    assert rows.keys() == adapters_suite.RATES.keys()
     for row in rows.values():
-        config, _ = resolve(f'{ROOT}/train.py', options(bench.adapters.RESET | row))
+        config, _ = resolve(f'{ROOT}/train.py', options(adapters_suite.RESET | row))
         assert config['adapter'] == row['adapter'] and config['base_format'] == row.get('base_format', 'float32')
-    assert all(a < b for rates in bench.adapters.RATES.values() for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a < b for rates in adapters_suite.RATES.values() for a, b in zip(rates, rates[1:], strict=False))
 
 
 def test_adapters_need_a_base(run_bench):
@@ -350,8 +343,8 @@ def test_adapters_need_a_base(run_bench):
 
 
 def test_export(run_bench, monkeypatch):
-    monkeypatch.setattr(bench.export, 'SIZE', dict(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    monkeypatch.setattr(bench.export, 'ROWS', [('gpt2', 'nanogpt', 'float32'), ('modern', 'hf', 'bfloat16')])
+    monkeypatch.setattr(export, 'SIZE', dict(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    monkeypatch.setattr(export, 'ROWS', [('gpt2', 'nanogpt', 'float32'), ('modern', 'hf', 'bfloat16')])
     measured, out = run_bench('--suite=export', '--runs=1')
     nano, hf = measured['figures']
     assert nano['weights'] == 4 * (50304 * 8 + 16 * 8 + 12 * 64 + 9 * 8 + 6 * 8)
@@ -366,7 +359,7 @@ def test_data(run_bench, monkeypatch, tmp_path):
     for name, value in (('N_BATCHES', 40), ('N_STEPS', 2), ('SHARDS', 4),
                         ('STEPS', [('a step', 2, 16, 1.0), ('another', 1, 8, 1.0)]), ('BATCHES', [(2, 16)]),
                         ('SIZE', dict(arch='modern', n_layer=1, n_head=1, n_embd=8, vocab_size=32))):
-        monkeypatch.setattr(bench.data, name, value)
+        monkeypatch.setattr(data, name, value)
     ranks = ''.join(f'{base64.b64encode(bytes([b])).decode()} {b}\n' for b in range(256))
     (tmp_path / 'bytes.tiktoken').write_text(ranks)
     monkeypatch.setitem(tokenizer.RANK_FILES, 256, ('bytes', r'\S+|\s+', {'<|endoftext|>': 256}))
@@ -374,16 +367,16 @@ def test_data(run_bench, monkeypatch, tmp_path):
     for i, path in enumerate(files):
         with open(path, 'w') as f:
             f.write(f'{i:03d}\n' * 250)  # 1,000 bytes
-    monkeypatch.setattr(bench.data.sources, 'installed_code', lambda: files)
+    monkeypatch.setattr(data.sources, 'installed_code', lambda: files)
 
     def run(function, *args):
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            getattr(bench.data, function)(*args)
+            getattr(data, function)(*args)
         return out.getvalue(), time.perf_counter() - start, 10 ** 6
-    monkeypatch.setattr(bench.data, '_run', run)
+    monkeypatch.setattr(data, '_run', run)
     monkeypatch.setattr(corpus, 'LONGEST', 5000)
-    monkeypatch.setattr(bench.data.sources, 'LONGEST', 5000)  # or the one long text would be one document
+    monkeypatch.setattr(data.sources, 'LONGEST', 5000)  # or the one long text would be one document
     measured, out = run_bench('--suite=data', f'--tokenizer={tmp_path}/bytes.tiktoken', '--gigabytes=0.0005',
                               '--runs=1')
     both, parquet, text, *steps, sdpa, math = measured['figures']
@@ -450,21 +443,21 @@ def run_gpu(project, run_bench, monkeypatch):
 
     def child(session, call, module='gpu_rows'):
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            eval(call, vars(importlib.import_module(f'bench.{module}')).copy())
+            eval(call, vars(importlib.import_module(f'sologpt.bench.{module}')).copy())
         return json.loads(out.getvalue().splitlines()[-1])
     monkeypatch.setattr(gpu_rows.Session, 'child', child)
-    every = {(row.part, row.name): row for row in bench.gpu.rows()}
+    every = {(row.part, row.name): row for row in gpu.rows()}
 
     def run(names, *argv):
-        rows = [name if isinstance(name, bench.gpu.Row) else every[name] for name in names]
-        monkeypatch.setattr(bench.gpu, 'rows', lambda: rows)
+        rows = [name if isinstance(name, gpu.Row) else every[name] for name in names]
+        monkeypatch.setattr(gpu, 'rows', lambda: rows)
         measured, out = run_bench(*GPU, *argv)
         return measured['figures'], out
     return run
 
 
 def test_gpu_beside_nanogpt(project, run_gpu):
-    refused = bench.gpu.Row('memory', 'refused', 1, gpu_rows.train, gpu_rows.STEP | {'n_layers': 3})
+    refused = gpu.Row('memory', 'refused', 1, gpu_rows.train, gpu_rows.STEP | {'n_layers': 3})
     figures, out = run_gpu([refused, *(('training_step', f'{who}, round {n}') for n in (1, 2)
                                        for who in ('nanoGPT', 'here')),
                             ('memory', 'LoRA'), ('race', 'nanoGPT'), ('race', 'here, 35 % of the tokens'),
@@ -499,7 +492,7 @@ def test_gpu_beside_nanogpt(project, run_gpu):
 
 
 def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
-    monkeypatch.setattr(bench.gpu, 'facts', lambda session, keys: {'name': 'a card'})
+    monkeypatch.setattr(gpu, 'facts', lambda session, keys: {'name': 'a card'})
     calls = []
 
     def run(name, fails=None):
@@ -508,7 +501,7 @@ def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
             if fails:
                 raise fails
             return {'value': len(calls)}
-        return bench.gpu.Row('more', name, 100, row, {})
+        return gpu.Row('more', name, 100, row, {})
     full = run('full', InputError('out of GPU memory with batch_size=4: take less\n  in: train.py'))
     figures, out = run_gpu([run('a'), run('b', KeyError('something'))])
     assert figures['more']['a']['value'] == 1 and figures['more']['b']['failed'] == "KeyError: 'something'"
@@ -532,13 +525,13 @@ def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
     def interrupted(session, keys):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        run_gpu([run('e'), bench.gpu.Row('more', 'f', 1, interrupted, {})], '--dataset=tiny')
+        run_gpu([run('e'), gpu.Row('more', 'f', 1, interrupted, {})], '--dataset=tiny')
     figures = json.loads((project.folder / 'figures.json').read_text())['figures']
     assert 'value' in figures['more']['e'] and 'f' not in figures['more']
 
 
 def test_the_gpus_rows_have_keys_that_train_has():
-    rows = bench.gpu.rows()
+    rows = gpu.rows()
     assert len({(row.part, row.name) for row in rows}) == len(rows)
     own = [row for row in rows if row.run in (gpu_rows.train, gpu_rows.by_number)]
     for row in own:

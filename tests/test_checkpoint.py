@@ -5,9 +5,9 @@ import pickle
 import pytest
 import torch
 
-import checkpoint
 from configurator import InputError
 from model import GPT, GPTConfig
+from sologpt.files import checkpoint
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
 

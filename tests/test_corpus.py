@@ -18,12 +18,10 @@ import torch
 from conftest import ROOT
 from test_sources import parquet
 
-import corpus
-import sources
-import tokenizer
 from configurator import InputError
-from corpus import Endings, FirstTokens, SomeDocuments
-from loader import Tokens, TrainBatches
+from sologpt.tokens import corpus, sources, tokenizer
+from sologpt.tokens.corpus import Endings, FirstTokens, SomeDocuments
+from sologpt.tokens.loader import Tokens, TrainBatches
 
 CPU = torch.device('cpu')
 RNG = random.Random(7)
@@ -152,7 +150,8 @@ def test_killed_20_times(folder):
     """A process of its own, killed at any moment; the same call goes on."""
     with open('documents.jsonl', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps({'text': d}) + '\n' for d in DOCUMENTS * 3)
-    script = ('import corpus, sources, tokenizer, sys, time; corpus.BLOCK = 3000; corpus.TASK = 500\n'
+    script = ('import sys, time; from sologpt.tokens import corpus, sources, tokenizer\n'
+              'corpus.BLOCK = 3000; corpus.TASK = 500\n'
               'encode = tokenizer.Bytes.encode_ordinary\n'
               'tokenizer.Bytes.encode_ordinary = lambda self, text: (time.sleep(0.002), encode(self, text))[1]\n'
               'print("begun", flush=True)\n'
@@ -455,7 +454,8 @@ def test_one_preparation_at_a_time(folder):
     import filelock
     os.makedirs('data')
     with filelock.FileLock('data/progress.lock'):
-        script = ('import corpus, sources, tokenizer; corpus.prepare("data", sources.find(["src/0.parquet"]), '
+        script = ('from sologpt.tokens import corpus, sources, tokenizer\n'
+                  'corpus.prepare("data", sources.find(["src/0.parquet"]), '
                   'tokenizer.Bytes(), corpus.SomeDocuments(0.1))')
         ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True,
                              env=os.environ | {'PYTHONPATH': ROOT})

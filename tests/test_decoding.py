@@ -7,11 +7,13 @@ from test_adapters import ADAPTERS, IDX, adapted, base, low_rank
 from test_model import KINDS, uncached, varied
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adapters import Bank
 from configurator import InputError
-from decoding import CompiledStep, FixedCache, hold_for_matmuls, read
-from hardware import autocast
-from model import KVCache, Step, sample
+from sologpt.adapters.adapters import Bank
+from sologpt.inference.compiled_step import CompiledStep
+from sologpt.inference.contexts import FixedCache
+from sologpt.inference.generation import Step, lists_of, sample
+from sologpt.machine.hardware import autocast
+from sologpt.matmuls.matmul import hold_for_matmuls
 
 CPU = torch.device('cpu')
 
@@ -41,8 +43,7 @@ def test_greedy_text_is_that_without_a_cache_and_compiled_once(kind):
 
 @pytest.mark.parametrize('kind', [dict(), dict(arch='modern', smear=True)])
 def test_drawn_ids_are_the_same_and_end_alike(kind):
-    m = varied(n_ids=30, **kind)
-    m.within_documents(3)  # which a text that is continued does not heed
+    m = varied(n_ids=30, document_eot=3, **kind)  # which a text that is continued does not heed
     step, _ = compiled(m)
     idx = torch.full((4, 2), 3)
     for options in (dict(), dict(top_k=5, temperature=2.0), dict(top_p=0.8, temperature=3.0, eot=3)):
@@ -124,7 +125,7 @@ def test_reading_is_one_behind_computing_and_loses_nothing():
             yield torch.tensor([i, 10 * i])
     for n in (0, 1, 5):
         seen.clear()
-        for i, ids in enumerate(read(stream(n))):
+        for i, ids in enumerate(lists_of(stream(n))):
             assert ids == [i, 10 * i] and seen[-1] == min(i + 1, n - 1)
         assert len(seen) == n
 
@@ -146,11 +147,11 @@ def test_a_fixed_cache_takes_what_a_growing_one_holds():
     m = varied()
     idx = torch.randint(33, (2, 9))
     with torch.no_grad():
-        caches = [KVCache(m.config, 2, positions) for positions in (9, 12)]
+        caches = [m.new_cache(2, positions) for positions in (9, 12)]
         for cache in caches:
             m.hidden(idx[:, :8], cache)
         fixed = FixedCache(caches[0], 12)
-        fixed.take(caches[0])
+        fixed.copy_from(caches[0])
         expected = m.hidden(idx[:, 8:], caches[1])
         torch.testing.assert_close(m.contextual(m.transformer.wte(idx[:, 8:]), fixed), expected)
     for ours, theirs in zip(fixed.layers, caches[1].layers, strict=True):

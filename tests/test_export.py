@@ -3,10 +3,10 @@ import pytest
 import torch
 from conftest import options, write_tokens
 
-import adapter_files
-import checkpoint
 from configurator import InputError
 from model import GPT
+from sologpt.adapters import adapter_files
+from sologpt.files import checkpoint
 
 
 @pytest.fixture

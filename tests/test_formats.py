@@ -9,10 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-import formats
-from formats import BYTE, E2M1, E2M3, E3M2, E4M3, E5M2, TRIT, BlockFormat, Encoded, Format, Int, Sparse24
-from matmul import RECIPES, Gemm, gemm
-from products import plain_product
+from sologpt.matmuls import formats
+from sologpt.matmuls.formats import (
+    BYTE,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    TRIT,
+    BlockFormat,
+    Encoded,
+    Format,
+    Int,
+    Sparse24,
+)
+from sologpt.matmuls.matmul import RECIPES, Gemm, gemm
+from sologpt.matmuls.products import plain_product
 
 ELEMENTS = {'e4m3': E4M3, 'e5m2': E5M2, 'e3m2': E3M2, 'e2m3': E2M3, 'e2m1': E2M1}
 each_element = pytest.mark.parametrize('name', ELEMENTS)

@@ -3,8 +3,8 @@ import functools
 import pytest
 import torch
 
-import hardware
 from configurator import InputError
+from sologpt.machine import hardware
 
 CPU = torch.device('cpu')
 

@@ -17,12 +17,11 @@ import torch.nn as nn
 import transformers
 from conftest import options, write_tokens
 
-import adapter_files
-import adapters
-import checkpoint
-import tokenizer
 from configurator import InputError
 from model import GPT, GPTConfig
+from sologpt.adapters import adapter_files, adapters
+from sologpt.files import checkpoint
+from sologpt.tokens import tokenizer
 
 CODE = pathlib.Path(os.__file__).with_name('textwrap.py').read_text(encoding='utf-8')
 SCRIPTS = ('Ελλάδα Москва 日本語 한국어 עברית हिन्दी naïve \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \r\n\t '

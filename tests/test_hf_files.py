@@ -11,10 +11,10 @@ import transformers
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-import model as model_py
-import tokenizer
 from configurator import InputError
 from model import GPT, GPTConfig
+from sologpt.files.models import read_model
+from sologpt.tokens import tokenizer
 
 IDS = torch.randint(37, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -206,13 +206,13 @@ def test_tokenizers_that_are_not_known(tmp_path):
             (lambda: (tmp_path / 'tokenizer_config.json').write_text('[]'), 'tokenizer_config.json is damaged'),
             (lambda: (tmp_path / 'tokenizer_config.json').write_text('{"sologpt": {"kind": "chars"}}'), 'damaged')):
         make()
-        config, _, saved = model_py.read(str(tmp_path))
+        config, _, saved = read_model(str(tmp_path))
         with pytest.raises(InputError, match=f'{message}.*set dataset'):
             tokenizer.of_model(saved, '', config, 'a test')
     opt(vocab_size=50272).save_pretrained(tmp_path / 'opt')  # as large as GPT-2's, and another
-    assert model_py.read(str(tmp_path / 'opt'))[2]['tokenizer']['kind'] == 'unknown'
+    assert read_model(str(tmp_path / 'opt'))[2]['tokenizer']['kind'] == 'unknown'
     gpt2(vocab_size=50257).save_pretrained(tmp_path / 'gpt2')
-    assert model_py.read(str(tmp_path / 'gpt2'))[2] == {}  # GPT-2's, unless data with another are named
+    assert read_model(str(tmp_path / 'gpt2'))[2] == {}  # GPT-2's, unless data with another are named
 
 
 def test_from_the_hub(tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
             raise EntryNotFoundError(file)
         return str(tmp_path / file)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', get)
-    _, _, saved = model_py.read('someone/model')
+    _, _, saved = read_model('someone/model')
     assert saved['tokenizer']['kind'] == 'json' and ('someone/model', 'tokenizer.json') in asked
     asked.clear()
     GPT.from_pretrained('gpt2-medium')
@@ -242,7 +242,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
             raise LocalEntryNotFoundError(file)
         return get(repository, file)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', offline)
-    assert model_py.read('someone/model')[2]['tokenizer']['kind'] in ('json', 'unknown')
+    assert read_model('someone/model')[2]['tokenizer']['kind'] in ('json', 'unknown')
 
 
 def test_tables_of_positions_are_not_on_the_meta_device(tmp_path):

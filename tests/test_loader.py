@@ -3,9 +3,9 @@ import pytest
 import torch
 from conftest import write_tokens
 
-import tokenizer
 from configurator import InputError
-from loader import Tokens, TrainBatches, eval_batches
+from sologpt.tokens import tokenizer
+from sologpt.tokens.loader import Tokens, TrainBatches, eval_batches
 
 CPU = torch.device('cpu')
 

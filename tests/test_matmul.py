@@ -6,14 +6,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import hardware
-import matmul
-import products
 from configurator import InputError
-from formats import BYTE, Format, Sparse24
-from matmul import NAMES, RECIPES, Gemm, Recipe, find, gemm, recipe_matmul
-from model import GPT, GPTConfig, rms_norm
-from products import plain_product
+from model import GPT, GPTConfig
+from sologpt.machine import hardware
+from sologpt.matmuls import matmul, products
+from sologpt.matmuls.elementwise import rms_norm
+from sologpt.matmuls.formats import BYTE, Format, Sparse24
+from sologpt.matmuls.matmul import NAMES, RECIPES, Gemm, Recipe, find, gemm, recipe_matmul
+from sologpt.matmuls.products import plain_product
 
 CPU = torch.device('cpu')
 STOCHASTIC = ('mxfp4', 'nvfp4', 'block_dropout')

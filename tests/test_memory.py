@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-import memory
-import optim
-from adapters import AdapterConfig, attach, hold_base
-from bench.plan import measured_step
 from configurator import InputError
-from matmul import convert
-from memory import Forecast, Usage
 from model import GPT, GPTConfig
+from sologpt.adapters.adapters import AdapterConfig, attach, hold_base
+from sologpt.bench.plan import measured_step
+from sologpt.matmuls.attention import ATTENTION
+from sologpt.matmuls.matmul import convert
+from sologpt.training import memory, optim
+from sologpt.training.memory import Forecast, Usage
 
 SHAPE = dict(block_size=64, vocab_size=9000, n_layer=2, n_head=2, n_embd=64, loss_chunk=64)
 KINDS = [dict(arch='gpt2'), dict(arch='modern', smear=True)]
@@ -30,9 +30,7 @@ def muon(model):
 @pytest.mark.parametrize('kind, make_optimizer, checkpointed', [
     (KINDS[0], adamw, False), (KINDS[1], muon, False), (KINDS[0], muon, 'selective'), (KINDS[1], adamw, True)])
 def test_a_step_takes_what_was_foreseen(kind, make_optimizer, checkpointed):
-    model = built(**kind)
-    if checkpointed:
-        model.checkpoint_activations(checkpointed)
+    model = built(checkpoint_activations=checkpointed, **kind)
     foreseen = Forecast(model, make_optimizer, 64, 'bfloat16', gpu=False)
     for batch_size in (40, 100):
         assert foreseen.at(batch_size).peak == pytest.approx(
@@ -57,10 +55,9 @@ def test_the_compiled_graphs_keep_what_they_keep():
 def test_the_kernels_of_gpus_keep_as_much_as_torchs_choice():
     steps = []
     for backend in ('sdpa', 'cudnn', 'flash'):
-        model = built(block_size=256)
-        model.use_attention(backend)
+        model = built(block_size=256, attn_backend=backend)
         steps.append(Forecast(model, adamw, 256, 'bfloat16').at(16))
-        assert model.attn_backend == backend
+        assert model.transformer.h[0].attn.attend is ATTENTION[backend]
     assert steps[0] == steps[1] == steps[2]
 
 
@@ -75,9 +72,7 @@ def test_on_a_gpu_eager_layernorms_keep_float32():
 def test_less_is_kept_of_checkpointed_blocks():
     kept = {}
     for how, compile in ((False, False), ('selective', False), (True, False), (False, True), ('selective', True)):
-        model = built()
-        if how:
-            model.checkpoint_activations(how)
+        model = built(checkpoint_activations=how)
         kept[how, compile] = Forecast(model, adamw, 64, 'bfloat16', compile).at(64).activations
     assert kept[True, False] < 0.8 * kept['selective', False]
     assert all(kept['selective', compile] < 0.9 * kept[False, compile] for compile in (False, True))

@@ -5,22 +5,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_py
 from configurator import InputError
-from hardware import autocast
-from model import GPT, ChunkedCrossEntropy, GPTConfig, loss_of_chunk, sample
+from model import GPT, GPTConfig, Rotary
+from sologpt.inference.contexts import Context
+from sologpt.inference.generation import sample
+from sologpt.machine.hardware import autocast
+from sologpt.matmuls import attention, elementwise
+from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_chunk
+from sologpt.training.loss import TrainingLoss
 
 transformers = pytest.importorskip('transformers')
 
 
 def tiny(attention='sdpa', **changes):
     torch.manual_seed(0)
-    config = dict(block_size=16, vocab_size=33, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
+    config = dict(block_size=16, vocab_size=33, n_layer=2, n_head=2, n_embd=16, dropout=0.0, attn_backend=attention)
     m = GPT(GPTConfig(**config | changes)).eval()
     with torch.no_grad():
         for p in m.parameters():  # far from the small initial weights, so that errors show
             p.mul_(8)
-    m.use_attention(attention)
     return m
 
 
@@ -135,7 +138,7 @@ def test_a_packed_document_is_as_one_in_a_row_of_its_own(attention, smear):
     expected = logits_and_grads(alone, [(idx[row:row + 1, start:end], targets[row:row + 1, start:end])
                                         for row, start, end in documents])
     assert (m(idx, targets)[0].flatten(0, 1) - expected[0]).abs().max() > 0.1
-    m.within_documents(0)
+    m.config.document_eot = 0
     for ours, theirs in zip(logits_and_grads(m, [(idx, targets)]), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -152,7 +155,7 @@ def test_learned_positions_stay_those_of_the_row(attention):
         return scores.softmax(-1) @ v
     for block in reference.transformer.h:
         block.attn.attend = attend
-    m.within_documents(0)
+    m.config.document_eot = 0
     for ours, theirs in zip(*(logits_and_grads(each, [(idx, targets)]) for each in (m, reference)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -161,7 +164,7 @@ def test_learned_positions_stay_those_of_the_row(attention):
 @pytest.mark.parametrize('attention', ['sdpa', 'math'])
 def test_a_document_does_not_depend_on_the_one_before(attention, kind):
     m, plain = varied(attention, **kind), varied(attention, **kind)
-    m.within_documents(0)
+    m.config.document_eot = 0
     idx, targets, _ = packed()
     changed = idx.clone()
     changed[0, 8] += 1 if idx[0, 8] < 32 else -1
@@ -179,13 +182,8 @@ def test_documents_compile_whole_and_in_checkpointed_blocks(kind):
     idx, targets, _ = packed()
     grads = []
     for compiled, checkpointed in itertools.product((False, True), (False, True, 'selective')):
-        m = varied(**kind).train()
-        m.within_documents(0)
-        if checkpointed:
-            m.checkpoint_activations(checkpointed)
-        if compiled:
-            m.compile(backend='aot_eager', fullgraph=True)
-        loss = m.loss(idx, targets)
+        m = varied(document_eot=0, checkpoint_activations=checkpointed, **kind).train()
+        loss = TrainingLoss(m, compiled, backend='aot_eager', fullgraph=True)(idx, targets)
         grads.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
     assert grads[0][0] != varied(**kind).loss(idx, targets)
     for plain, *others in zip(*grads, strict=True):
@@ -264,21 +262,21 @@ def test_same_seed_same_text():
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    rotary = model_py.Rotary(GPTConfig(block_size=12, n_layer=1, n_head=1, n_embd=8))
+    rotary = Rotary(GPTConfig(block_size=12, n_layer=1, n_head=1, n_embd=8))
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 12, 1, 8)  # the same at every position
-    qk = rotary(torch.stack([q, k], dim=2), model_py.Context())
+    qk = rotary(torch.stack([q, k], dim=2), Context())
     scores = (qk[0, :, 0, 0] @ qk[0, :, 1, 0].T)
     for distance in range(12):
         torch.testing.assert_close(scores.diagonal(distance), scores[0, distance].expand(12 - distance))
     assert scores[0].std() > 0.1
-    later = model_py.Context()
+    later = Context()
     later.length = 5
     torch.testing.assert_close(rotary(torch.stack([q, k], dim=2)[:, 5:], later), qk[:, 5:])
 
 
 @pytest.mark.parametrize('function, reference', [
-    (model_py.rms_norm.apply, lambda x: F.rms_norm(x, (6,), eps=1e-6)),
-    (model_py.relu_squared.apply, lambda x: F.relu(x).square())])
+    (elementwise.rms_norm.apply, lambda x: F.rms_norm(x, (6,), eps=1e-6)),
+    (elementwise.relu_squared.apply, lambda x: F.relu(x).square())])
 def test_functions_and_their_gradients(function, reference):
     x = torch.randn(3, 5, 6, requires_grad=True)
     g = torch.randn(3, 5, 6)
@@ -294,13 +292,13 @@ def test_functions_and_their_gradients(function, reference):
 def test_math_attention_equals_sdpa():
     q, k, v = (torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     grads = []
-    for attend in (model_py.sdpa, model_py.math_attention):
+    for attend in (attention.sdpa, attention.math_attention):
         y = attend(q, k, v, 0.0)
         grads.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
     one = q[:, :, -1:]  # a single query sees all keys
-    torch.testing.assert_close(model_py.math_attention(one, k, v, 0.0), grads[0][0][:, :, -1:])
+    torch.testing.assert_close(attention.math_attention(one, k, v, 0.0), grads[0][0][:, :, -1:])
 
 
 def test_dropout_only_in_training():
@@ -356,10 +354,8 @@ def test_chunked_model_compiles_whole_and_trains_as_the_plain_one(dtype, toleran
     grads = []
     for chunk, compiled in ((0, False), (5, False), (5, True)):
         m = varied(loss_chunk=chunk, **kind).train()
-        if compiled:
-            m.compile(backend='aot_eager', fullgraph=True)
         with autocast(torch.device('cpu'), dtype):
-            loss = m(idx, idx)[1]
+            loss = TrainingLoss(m, compiled, backend='aot_eager', fullgraph=True)(idx, idx)
         loss.backward()
         grads.append([loss, *(p.grad for p in m.parameters())])
     for plain, *others in zip(*grads, strict=True):

@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-import optim
 from model import GPT, GPTConfig
+from sologpt.training import optim
 
 
 def model():

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, options
 
-import checkpoint
-import hardware
 from configurator import InputError
+from sologpt.files import checkpoint
+from sologpt.machine import hardware
 
 # several runs of train.py in one group of processes, for to start them takes longer than the runs
 WORKER = '''
@@ -19,9 +19,9 @@ import contextlib, json, os, runpy, signal, sys
 import torch
 import torch.distributed as dist
 import configurator
-import hardware
-import optim
-import parallel
+from sologpt.machine import hardware
+from sologpt.training import optim
+from sologpt.machine import parallel
 from configurator import InputError
 
 root, by_hand = sys.argv[1], len(sys.argv) > 2

@@ -3,10 +3,10 @@ import torch
 from test_matmul import apart, tensors, through
 from torch.utils.flop_counter import FlopCounterMode
 
-import products
-from formats import E4M3, Encoded, Format
-from matmul import RECIPES, recipe_matmul
-from products import plain_product
+from sologpt.matmuls import products
+from sologpt.matmuls.formats import E4M3, Encoded, Format
+from sologpt.matmuls.matmul import RECIPES, recipe_matmul
+from sologpt.matmuls.products import plain_product
 
 
 def test_integer_products_are_what_emulation_gives():

@@ -12,17 +12,21 @@ import torch
 from conftest import ROOT, TINY, options
 from test_sources import parquet
 
-import checkpoint
-import tokenizer
+from sologpt.files import checkpoint
+from sologpt.tokens import tokenizer
 
-PREPARING = ('configurator.py', 'tokenizer.py', 'sources.py', 'corpus.py')  # the modules of data/*/prepare.py
+
+def copy_code(folder):
+    """The scripts and the package, for what writes beside itself."""
+    for name in os.listdir(ROOT):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(ROOT, name), folder)
+    shutil.copytree(os.path.join(ROOT, 'sologpt'), folder / 'sologpt', ignore=shutil.ignore_patterns('__pycache__'))
 
 
 def test_own_text_from_preparation_to_sample(project):
     """data/text/prepare.py, train.py and sample.py in a copy of the project."""
-    for name in os.listdir(ROOT):
-        if name.endswith('.py'):
-            shutil.copy(os.path.join(ROOT, name), project.folder)
+    copy_code(project.folder)
     shutil.copytree(os.path.join(ROOT, 'data', 'text'), project.folder / 'data' / 'text')
     (project.folder / 'mine.txt').write_text('Ça va très bien, 日本語も。\n' * 300, encoding='utf-8')
 
@@ -47,7 +51,8 @@ def test_own_text_from_preparation_to_sample(project):
 
 
 def test_a_tokenizer_of_ones_own(project):
-    for name in (*PREPARING, 'data/train_tokenizer.py', 'data/text/prepare.py'):
+    copy_code(project.folder)
+    for name in ('data/train_tokenizer.py', 'data/text/prepare.py'):
         os.makedirs(os.path.dirname(project.folder / name), exist_ok=True)
         shutil.copy(os.path.join(ROOT, name), project.folder / name)
     text = 'Ça va très bien, 日本語も。\r\n\t x = 1\n' * 200
@@ -77,8 +82,7 @@ def test_a_tokenizer_of_ones_own(project):
 
 def test_prepared_text_is_split_by_characters(project):
     shutil.copytree(os.path.join(ROOT, 'data', 'text'), project.folder / 'data' / 'text')
-    for name in PREPARING:
-        shutil.copy(os.path.join(ROOT, name), project.folder)
+    copy_code(project.folder)
     (project.folder / 'a.txt').write_text('a' * 80)
     (project.folder / 'b.txt').write_text('b' * 20)
     (project.folder / 'empty.txt').write_text('')
@@ -103,8 +107,7 @@ def test_prepared_text_is_split_by_characters(project):
 
 
 def copy_preparations(project, *names):
-    for name in PREPARING:
-        shutil.copy(os.path.join(ROOT, name), project.folder)
+    copy_code(project.folder)
     for name in names:
         shutil.copytree(os.path.join(ROOT, 'data', name), project.folder / 'data' / name,
                         ignore=shutil.ignore_patterns('*.bin*', '*.json'))
@@ -197,8 +200,7 @@ def test_quickstart_prepares_its_data_and_prints_a_sample(project):
     shutil.rmtree(project.folder / 'data')
     os.makedirs(project.folder / 'data' / 'pystdlib')
     shutil.copy(os.path.join(ROOT, 'data', 'pystdlib', 'prepare.py'), project.folder / 'data' / 'pystdlib')
-    for name in PREPARING:
-        shutil.copy(os.path.join(ROOT, name), project.folder)
+    copy_code(project.folder)
     small = ('--max_iters=2', '--eval_iters=1', '--sample_tokens=30', '--n_embd=64', '--n_head=2', '--n_layer=1')
     ran = project.run('train.py', os.path.join(ROOT, 'config', 'quickstart.py'), *small)
     assert ran.returncode == 0, ran.stderr

@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import sources
 from configurator import InputError
-from sources import Source, find, hub
+from sologpt.tokens import sources
+from sologpt.tokens.sources import Source, find, hub
 
 DOCUMENTS = ['Ça va\r\n', 'two\n\n', '日本語 \x00\u2028', 'x' * 300, ' \ttabs', '\U0001F600' * 5]
 

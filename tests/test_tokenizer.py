@@ -6,8 +6,8 @@ import pickle
 import pytest
 import tiktoken
 
-import tokenizer
 from configurator import InputError
+from sologpt.tokens import tokenizer
 
 MIXED = 'def f(x):\n\treturn "naïve — 日本語 Ελλάδα \U0001f600"\r\n'
 

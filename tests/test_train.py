@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY, options, write_tokens
 
-import checkpoint
-import hardware
-import memory
 from configurator import InputError
-from loader import eval_batches
-from matmul import NAMES, restore
 from model import GPT
+from sologpt.files import checkpoint
+from sologpt.machine import hardware
+from sologpt.matmuls.matmul import NAMES, restore
+from sologpt.tokens.loader import eval_batches
+from sologpt.training import memory
 
 
 def log(folder, out='out'):

@@ -12,9 +12,9 @@ import sys
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..', '..'))
 
-import corpus  # noqa: E402
 from configurator import report_errors  # noqa: E402
-from sources import Source, installed_code  # noqa: E402
+from sologpt.tokens import corpus  # noqa: E402
+from sologpt.tokens.sources import Source, installed_code  # noqa: E402
 
 report_errors()
 parser = corpus.arguments(__doc__, tokenizer='bytes')

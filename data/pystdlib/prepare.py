@@ -15,8 +15,8 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..', '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
-from corpus import write  # noqa: E402
-from tokenizer import Bytes  # noqa: E402
+from sologpt.tokens.corpus import write  # noqa: E402
+from sologpt.tokens.tokenizer import Bytes  # noqa: E402
 
 report_errors()
 argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

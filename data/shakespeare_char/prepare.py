@@ -14,8 +14,8 @@ sys.path[:0] = [os.path.join(here, '..', '..'), os.path.join(here, '..')]
 import tinyshakespeare  # noqa: E402
 
 from configurator import report_errors  # noqa: E402
-from corpus import write  # noqa: E402
-from tokenizer import Chars  # noqa: E402
+from sologpt.tokens.corpus import write  # noqa: E402
+from sologpt.tokens.tokenizer import Chars  # noqa: E402
 
 report_errors()
 argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

@@ -19,9 +19,8 @@ import sys
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..', '..'))
 
-import corpus  # noqa: E402
-import sources  # noqa: E402
 from configurator import InputError, report_errors  # noqa: E402
+from sologpt.tokens import corpus, sources  # noqa: E402
 
 report_errors()
 parser = corpus.arguments(__doc__, tokenizer='bytes')

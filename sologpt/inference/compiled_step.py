@@ -1,0 +1,95 @@
+"""
+The step from one token to the next, compiled.
+
+A GPU reads the weights of a small model in a fraction of the time in which a CPU launches the hundreds of kernels of
+one position. So the step works on tensors whose shapes and addresses stay. It is compiled once, to fewer kernels; on a
+GPU it is replayed as a CUDA graph, which is a single launch. The idea is gpt-fast's
+(https://github.com/meta-pytorch/gpt-fast).
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from sologpt.inference.contexts import FixedCache, KVCache
+from sologpt.inference.generation import Step
+from sologpt.machine.hardware import matmul_dtype
+
+
+class BiasApart(nn.Linear):
+    """
+    A Linear that adds its bias in an operation of its own.
+
+    For a single row, torch.compile turns a matmul into a kernel of its own, which reads the weight at the memory's full
+    rate and is fused with what surrounds it. It does not do so for a matmul with a bias.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> 'BiasApart':
+        """The same Linear, sharing its parameters."""
+        layer = cls(linear.in_features, linear.out_features, device='meta')
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + self.bias.to(matmul_dtype(x))
+
+
+class CompiledStep(Step):
+    """
+    A Step that is compiled when it first begins, for that cache's batch and dtype, and again for others.
+
+    On a GPU the next call overwrites the logits that it returned. Weights may change their values, but not their place.
+    """
+
+    def __init__(self, model: nn.Module, backend: str = 'inductor'):
+        super().__init__(model)
+        self.kind = None
+        self.seconds = 0.0  # spent compiling
+        for name, layer in list(model.named_modules()):
+            if type(layer) is nn.Linear and layer.bias is not None:
+                model.set_submodule(name, BiasApart.from_linear(layer))
+        # without this option, a single row is multiplied by the general kernels
+        options = {'coordinate_descent_tuning': True} if backend == 'inductor' else None
+        self.compiled = torch.compile(self._logits, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+    def _logits(self):
+        x = self.model.contextual(self.model.transformer.wte(self.ids), self.cache)
+        self.cache.position.add_(1)
+        return self.model.lm_head(x[:, -1])
+
+    def begin(self, cache: KVCache) -> None:
+        k = cache.layers[0].k
+        kind = len(k), k.dtype, k.device
+        if kind != self.kind:
+            began = time.perf_counter()
+            self.ids = torch.zeros(len(k), 1, dtype=torch.long, device=k.device)
+            self.cache, self.kind = FixedCache(cache, self.model.config.block_size), kind
+            if k.device.type == 'cuda':
+                self.run = self._capture()
+            else:
+                self.compiled()
+                self.run = self.compiled
+            self.seconds += time.perf_counter() - began
+        self.cache.copy_from(cache)
+
+    def _capture(self) -> Callable:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # nothing may compile or tune during the capture
+            self.compiled()
+        with torch.cuda.graph(graph, stream=stream):
+            logits = self.compiled()
+        torch.cuda.synchronize()
+
+        def replay():
+            graph.replay()
+            return logits
+        return replay
+
+    def __call__(self, ids):
+        self.ids.copy_(ids)
+        return self.run()

@@ -1,0 +1,74 @@
+"""
+Attention kernels: the same function, softmax(q k^T / sqrt(hd) + mask) v, computed in several ways.
+
+Every kernel is called as attend(q, k, v, dropout, mask):
+
+    q        (B, H, T, hd): queries
+    k, v     (B, H, S, hd): keys and values; the T queries are the last T of the S positions
+    dropout  the probability that a weight is dropped; 0 outside training
+    mask     (T, S) or (B, 1, T, S) bool: True where a query may see a key. None means causal with T = S, or one query
+             that sees every key
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sologpt.machine.hardware import GPU_ATTENTION
+
+Tensor = torch.Tensor
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """Attention by torch's fused kernels: (B, H, T, hd)."""
+    if q.size(2) == 1 and mask is not None:
+        return single_query(q, k, v, dropout, mask)
+    is_causal = mask is None and q.size(2) > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+
+
+def single_query(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor) -> Tensor:
+    """
+    Attention of one query (T = 1), written out in sums: (B, H, 1, hd).
+
+    A fused kernel with a mask gives a whole head to one multiprocessor of the GPU. torch.compile spreads these sums
+    over all of them.
+    """
+    scores = (q.float() * k).sum(-1, keepdim=True).mT * q.size(-1) ** -0.5  # (B, H, 1, S)
+    weights = F.dropout(F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1), dropout, training=dropout > 0)
+    return (weights.mT * v).sum(-2, keepdim=True).to(v.dtype)
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S) bool: which of S positions the last T may see. Torch's own is_causal takes the first T instead."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """Attention by two matmuls and a softmax: (B, H, T, hd). Its scores, (B, H, T, S), exist in memory."""
+    B, H, T, hd = q.shape
+    if T == 1:
+        return sdpa(q, k, v, dropout, mask)
+    S = k.size(2)
+    mask = causal_mask(T, S, q.device) if mask is None else mask
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    q, k, v, bias = (z.flatten(0, 1) for z in (q, k, v, bias.expand(B, H, T, S)))
+    scores = torch.baddbmm(bias, q, k.mT, alpha=hd ** -0.5)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
+    return (weights @ v).view(B, H, T, hd)
+
+
+def _prefer(kernel: SDPBackend) -> Callable:
+    """sdpa() that tries `kernel` first. A mask or a shape that it does not take goes to the next kernel."""
+    order = [kernel, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def attention(q, k, v, dropout, mask=None):
+        with sdpa_kernel(order, set_priority=True):
+            return sdpa(q, k, v, dropout, mask)
+    return attention
+
+
+ATTENTION = {'sdpa': sdpa, 'math': math_attention} | {name: _prefer(kernel) for name, kernel in GPU_ATTENTION.items()}

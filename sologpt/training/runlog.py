@@ -1,0 +1,213 @@
+"""
+What a run reports: every line of the console also as a line of JSON in out_dir/log.jsonl, and to W&B when asked.
+
+The first line holds what stays the same (config, device, parameters, FLOPs, peak); the others have `iter` and, after a
+step, `loss, lr, time_ms, tokens_per_s, mfu, grad_norm, memory_gb, tokens`, or, after an evaluation, `train_loss,
+val_loss, lr, tokens, seconds`: MFU as a fraction, seconds those spent in training steps so far.
+
+And reading them back, as a Run; nanoGPT's console logs, and train.py's, are read into the same form.
+"""
+
+import ast
+import json
+import math
+import os
+import re
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from configurator import InputError, report_errors
+from sologpt.files import checkpoint
+
+NANOGPTS_PEAK, NANOGPTS_SOURCE = 312e12, 'A100, as nanoGPT has it for any GPU'
+NANOGPTS_STEP = {'batch_size': 12, 'block_size': 1024, 'gradient_accumulation_steps': 40}  # its defaults
+NUMBER = r'(-?[\d.]+|nan|inf)'
+STEP = re.compile(rf'\biter (\d+): loss {NUMBER}, time {NUMBER}ms(?:, mfu {NUMBER}%)?(?:.*, mem {NUMBER}GB)?')
+EVALUATION = re.compile(rf'\bstep (\d+): train loss {NUMBER}, val loss {NUMBER}')
+
+
+class RunLog:
+    def __init__(self, out_dir, header, resume_at=None, wandb_options=None):
+        """
+        A new log, with what an earlier run left in out_dir set aside; or, resumed at step resume_at, the old log
+        without what will be done again. wandb_options: None, or what wandb.init takes; `wandb_id` is then the run's id.
+        Raises InputError, before anything is moved.
+        """
+        self.wandb_run = wandb_options and _start_wandb(wandb_options)
+        self.wandb_id = self.wandb_run and self.wandb_run.id
+        path, kept = os.path.join(out_dir, 'log.jsonl'), []
+        if resume_at is None:
+            if found := checkpoint.set_aside(out_dir):
+                print(f'kept the earlier {", ".join(found)} in {out_dir} as *.old')
+        elif os.path.exists(path):
+            kept = [record for record in read(path) if _precedes(record, resume_at)]
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(record) + '\n' for record in kept or [header])
+        os.replace(path + '.tmp', path)
+        self.file = open(path, 'a', encoding='utf-8')
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + '\n')
+        self.file.flush()
+        if self.wandb_run:
+            nanogpts = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}  # its names in W&B
+            self.wandb_run.log({nanogpts.get(k, k): v for k, v in record.items()})
+
+    def close(self, failed=False):
+        self.file.close()
+        if self.wandb_run:
+            self.wandb_run.finish(exit_code=int(failed))
+
+
+def read(path):
+    """The records of a log.jsonl; a line that a crash cut off is left out."""
+    records = []
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+def _precedes(record, step):
+    """Whether a run that goes on before `step` has done this already. An evaluation comes before the step it names."""
+    return 'iter' not in record or record['iter'] < step or record['iter'] == step and 'val_loss' in record
+
+
+def _start_wandb(options):
+    try:
+        import wandb
+        run = wandb.init(**options)
+        report_errors()  # W&B puts a hook of its own in its place, which prints tracebacks
+        return run
+    except Exception as e:  # not installed, not logged in, no network
+        raise InputError(f'wandb_log=True, but W&B does not start ({e}): pip install wandb and wandb login, or set '
+                         f'WANDB_MODE=offline') from None
+
+
+@dataclass
+class Run:
+    """One run, whichever log it is from: log.jsonl's header and records, by iter; evals with tokens and seconds."""
+    name: str
+    header: dict
+    steps: list
+    evals: list
+    seconds_logged: bool = True
+
+    @property
+    def config(self):
+        return self.header.get('config', {})
+
+    def median(self, key):
+        """Over the steps that are neither warm-up nor next to an evaluation, if there are any; None if not logged."""
+        evaluated = {e['iter'] for e in self.evals}
+        quiet = [s for s in self.steps[1:] if s['iter'] not in evaluated] or self.steps[1:] or self.steps
+        logged = [s[key] for s in quiet if s.get(key) is not None]
+        return statistics.median(logged) if logged else None
+
+    def get(self, key):
+        """From the header or the config, or the median over the steps; None if the log does not have it."""
+        return self.header.get(key) or self.config.get(key) or self.median(key)
+
+    def derived(self, compute, *keys):
+        """compute(what get() gives for each key), or None if one of them is None."""
+        known = [self.get(key) for key in keys]
+        return None if None in known else compute(*known)
+
+    def curve(self, axis):
+        """The evaluations as (positions on the axis, val losses): 'iter', 'tokens' or 'seconds'."""
+        placed = [e for e in self.evals if e.get(axis) is not None]
+        return [e[axis] for e in placed], [e['val_loss'] for e in placed]
+
+    def val_loss_at(self, axis, x):
+        """
+        Interpolated linearly between the neighbouring evaluations; None outside of them, and before the first of a
+        trained model, for a straight line from the untrained one's loss is far above the truth.
+        """
+        xs, losses = ([at for at, position in zip(values, self.curve(axis)[0], strict=True) if position > 0]
+                      for values in self.curve(axis))
+        return float(np.interp(x, xs, losses)) if xs and xs[0] <= x <= xs[-1] else None
+
+    def place(self, axis):
+        """Where the logged steps lie on the axis, following the evaluations; None if that is not known."""
+        rate = {'iter': 1, 'tokens': self.header.get('tokens_per_iter'),
+                'seconds': self.derived(lambda ms: ms / 1000, 'time_ms')}[axis]
+        known = {0: 0} | {e['iter']: e[axis] for e in self.evals if e.get(axis) is not None}
+        iters, last = np.array([s['iter'] for s in self.steps]), max(known)
+        return rate and np.interp(iters, list(known), list(known.values())) + np.maximum(iters - last, 0) * rate
+
+
+def read_console(path):
+    """
+    A console log of nanoGPT or train.py as log.jsonl's records, of which the first is the header.
+
+    nanoGPT's MFU is of an A100's peak whatever the GPU, and a running mean that every evaluation pulls down for some
+    lines; the FLOPs per token are recovered from it (with torchrun: those of one process). Its parameter count is
+    without position embeddings.
+    """
+    with open(path, encoding='utf-8', errors='replace') as f:
+        text = f.read()
+    # nanoGPT prints its config file, then `Overriding: key = value`; train.py everything as key=value before `device:`
+    config = dict(re.findall(r'^(?:Overriding: )?([a-z]\w*) *= *(.+?)(?:\s+#.*)?$', text, re.M))
+    if described := re.search(r'^config: (.*?)^device: (.+?); torch \S+; (\w+)', text, re.M | re.S):
+        config = dict(re.findall(r"(\w+)=('[^']*'|\S+)", described[1]))
+    config = {key: _value(value) for key, value in config.items()}
+    header = {'config': config} | ({'device': described[2], 'dtype': described[3]} if described else {})
+    if found := re.search(r'tokens per iteration will be: ([\d,]+)', text):
+        header['tokens_per_iter'] = int(found[1].replace(',', ''))
+    made_of = NANOGPTS_STEP | {k: config[k] for k in NANOGPTS_STEP if isinstance(config.get(k), int)}
+    if math.prod(made_of.values()) == header.get('tokens_per_iter'):
+        config |= made_of
+    if found := re.search(r'number of parameters: ([\d.]+)M', text):
+        header['parameters'] = round(float(found[1]) * 1e6)
+    elif found := re.search(r'([\d,]+) parameters, [\d,]+ trained; (\S+) MFLOPs per token', text):
+        header |= {'parameters': int(found[1].replace(',', '')), 'flops_per_token': float(found[2]) * 1e6}
+    found = re.search(r'^peak for MFU: (\S+) TFLOP/s \((.*)\)', text, re.M)
+    header['peak_flops'], header['peak_source'] = \
+        (float(found[1]) * 1e12, found[2]) if found else (NANOGPTS_PEAK, NANOGPTS_SOURCE)
+
+    records = [header]
+    for line in text.splitlines():
+        if found := STEP.search(line):
+            n, loss, ms, mfu, memory = (float(g) if g else None for g in found.groups())
+            records.append({'iter': int(n), 'loss': loss, 'time_ms': ms, 'memory_gb': memory,
+                            'mfu': mfu / 100 if mfu is not None and mfu >= 0 else None})  # -100 %: warming up
+        elif found := EVALUATION.search(line):
+            n, train_loss, val_loss = map(float, found.groups())
+            records.append({'iter': int(n), 'train_loss': train_loss, 'val_loss': val_loss})
+    return records
+
+
+def _value(text):
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, (bool, int, float, str, type(None))) else text
+
+
+def read_run(path, name):
+    """Raises InputError if there is no log at `path`, or no training step in it."""
+    file = os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise InputError(f'no log {file}: give out_dirs of train.py, log.jsonl files, or console logs')
+    records = [r for r in read(file) if isinstance(r, dict)] or read_console(file)
+    header = {} if 'iter' in records[0] else dict(records[0])
+    by_iter = [{r['iter']: r for r in records if key in r and 'iter' in r} for key in ('loss', 'val_loss')]
+    steps, evals = ([found[n] for n in sorted(found)] for found in by_iter)  # of repeated ones the last
+    if not steps:
+        raise InputError(f'{file}: no training step in it (neither `iter N: loss ...` lines nor such records)')
+    header.setdefault('processes', 1)
+    run = Run(name, header, steps, [dict(e) for e in evals if math.isfinite(e['val_loss'])])
+    if not header.get('flops_per_token'):
+        header['flops_per_token'] = run.derived(lambda mfu, peak, ms, tokens: mfu * peak * ms / 1000 / tokens,
+                                                'mfu', 'peak_flops', 'time_ms', 'tokens_per_iter')
+    run.seconds_logged = all('seconds' in e for e in run.evals)
+    for e in run.evals:
+        e.setdefault('tokens', run.derived(lambda tokens, n=e['iter']: tokens * n, 'tokens_per_iter'))
+        e.setdefault('seconds', run.derived(lambda ms, n=e['iter']: ms / 1000 * n, 'time_ms'))
+    return run
