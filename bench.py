@@ -38,7 +38,7 @@ import time
 
 from configurator import InputError, configure
 from sologpt.bench import process
-from sologpt.machine import hardware
+from sologpt.machine import devices
 
 # ----------------------------------------------------------------------------------------------------------------------
 suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data, plan or gpu
@@ -82,7 +82,7 @@ for key in ('runs', 'steps', 'tokens'):
     if config[key] < 1:
         raise InputError(f'{key}={config[key]} must be at least 1')
 command = shlex.join(['python', 'bench.py', *(f'--{key}={config[key]}' for key in given), *for_train])
-measured = {'command': command, 'date': time.strftime('%Y-%m-%d'), **hardware.versions()}
+measured = {'command': command, 'date': time.strftime('%Y-%m-%d'), **devices.versions()}
 picture = os.path.splitext(dest)[0] + '.png'
 measured['figures'] = importlib.import_module(f'sologpt.bench.{suite}').measure(config, for_train, picture)
 process.write_json(dest, measured)

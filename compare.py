@@ -18,8 +18,9 @@ import time
 from typing import NamedTuple
 
 from configurator import InputError, configure
-from sologpt.machine import hardware
-from sologpt.training.runlog import NANOGPTS_SOURCE, NANOGPTS_STEP, read_run
+from sologpt.machine import devices
+from sologpt.machine.peaks import datasheet_flops
+from sologpt.training.runs import NANOGPTS_SOURCE, NANOGPTS_STEP, read_run
 
 # ----------------------------------------------------------------------------------------------------------------------
 plot = 'compare.png'  # the picture (.png, .svg or .pdf); '': none
@@ -118,17 +119,17 @@ def speed_rows(runs, peaks):
 
 
 def dtype_of(run):
-    return run.get('dtype') if run.get('dtype') in hardware.DTYPES else None
+    return run.get('dtype') if run.get('dtype') in devices.DTYPES else None
 
 
 def other_peaks(runs):
     """What --gpu and --peak_flops ask for. Raises InputError."""
     peaks = {}
     if gpu:
-        if not hardware.datasheet_flops(gpu, 'float32'):
+        if not datasheet_flops(gpu, 'float32'):
             raise InputError(f'gpu={gpu!r} is not in the table of hardware.py: give the exact name, such as "RTX 4070" '
                              f'or "H100 PCIe", or its rate with --peak_flops=')
-        listed = [hardware.datasheet_flops(gpu, dtype_of(run) or 'bfloat16', run.config.get('tf32', True))
+        listed = [datasheet_flops(gpu, dtype_of(run) or 'bfloat16', run.config.get('tf32', True))
                   for run in runs]
         peaks[f'{gpu}, {"/".join(f"{n / 1e12:.4g}" for n in dict.fromkeys(listed) if n)} TFLOP/s'] = listed
     if peak_flops is not None:

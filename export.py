@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from configurator import InputError, configure
 from model import GPT, GPTConfig
 from sologpt.adapters import adapter_files
-from sologpt.adapters.adapters import decode_base, merge
+from sologpt.adapters.adapters import merge
 from sologpt.files import checkpoint, hf_files
 from sologpt.files.models import read_model
-from sologpt.machine import hardware
+from sologpt.machine import devices
 from sologpt.matmuls.formats import Sparse24
-from sologpt.tokens import tokenizer
+from sologpt.matmuls.held import decode_base
+from sologpt.tokens import data_folder, tokenizer_files
 
 # ----------------------------------------------------------------------------------------------------------------------
 to = ''  # hf, opt, nanogpt, onnx, torch, merged or peft
@@ -58,8 +59,8 @@ if to not in TARGETS:
     raise InputError(f'to={to!r} is not known: use {", ".join(TARGETS)}')
 if not adapters and to in ('merged', 'peft'):
     raise InputError('adapters is empty: give the folder of an adapter, or several with commas between')
-if dtype not in hardware.DTYPES:
-    raise InputError(f'dtype={dtype!r} is not known: use {", ".join(hardware.DTYPES)}')
+if dtype not in devices.DTYPES:
+    raise InputError(f'dtype={dtype!r} is not known: use {", ".join(devices.DTYPES)}')
 folders = [folder.strip() for folder in adapters.split(',')] if adapters else []
 try:
     factors = [float(weight) for weight in weights.split(',')] if weights else [1.0] * len(folders)
@@ -127,7 +128,7 @@ def to_merged(folder):
     passed_on = ('config', 'tokenizer', 'data', 'merged_from')
     checkpoint.save(folder, {
         **{key: value for key, value in saved.items() if key in passed_on}, 'merged': saved.get('merged', []) + merged,
-        'model': {name: checkpoint.cast(name, tensor, hardware.DTYPES[dtype]) for name, tensor in tensors.items()},
+        'model': {name: checkpoint.cast(name, tensor, devices.DTYPES[dtype]) for name, tensor in tensors.items()},
         'model_args': gpt.to_save(), 'iter_num': 0}, best=False)
     return f'{model.n_params():,} parameters in {dtype}'
 
@@ -137,11 +138,11 @@ def to_hf(folder):
     family = hf_files.FAMILIES[name]
     if len(set(own_names)) < len(own_names):
         raise InputError(f'adapters={adapters}: each is written to a folder named as its own is, and two have one name')
-    text = tokenizer.of_model(saved, dataset, gpt, source)
+    text = data_folder.of_model(saved, dataset, gpt, source)
     beside = [adapter_files.for_family(gpt, adapter, family, of_folder)
               for adapter, of_folder in zip(loaded, folders, strict=True)]
-    hf_files.write(folder, name, gpt, tensors, hardware.DTYPES[dtype], text.eot)
-    tokenizer.write_folder(folder, text, gpt.block_size)
+    hf_files.write(folder, name, gpt, tensors, devices.DTYPES[dtype], text.eot)
+    tokenizer_files.write_folder(folder, text, gpt.block_size)
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(model_card(family, text))
     # weights of other names or shapes are another base, of which only GPT-2's adapters are read again
@@ -207,7 +208,7 @@ def to_nanogpt(folder):
         if getattr(gpt, key) != value:
             raise InputError(f'the model has {key}={getattr(gpt, key)!r}, nanoGPT only {value!r}: train with '
                              f'{"--arch=gpt2" if gpt.arch != "gpt2" else f"--{key}={value}"}')
-    text = tokenizer.of_model(saved, dataset, gpt, source)
+    text = data_folder.of_model(saved, dataset, gpt, source)
     keys = {'dataset': os.path.basename(os.path.abspath(dest)), **saved.get('config', {})}
     # AdamW with nanoGPT's groups; the moments are those of the run, if it was AdamW's and these are still its weights
     named = {name: nn.Parameter(torch.empty_like(tensor, device='meta')) for name, tensor in tensors.items()
@@ -221,7 +222,7 @@ def to_nanogpt(folder):
     if keys.get('optimizer', 'adamw') == 'adamw':
         optimizer['state'] = of_run.get('optimizer', {}).get('state', {})
     checkpoint.save(folder, {
-        'model': {name: checkpoint.cast(name, tensor, hardware.DTYPES[dtype]) for name, tensor in tensors.items()},
+        'model': {name: checkpoint.cast(name, tensor, devices.DTYPES[dtype]) for name, tensor in tensors.items()},
         'model_args': {key: getattr(gpt, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias',
                                                           'vocab_size', 'dropout')},
         'optimizer': optimizer, 'iter_num': of_run.get('iter_num', 0),
@@ -260,11 +261,11 @@ def as_function(folder):
     """(the model as Logits, an example of its input, which dimensions of that vary); writes the tokenizer as well."""
     if gpt.block_size < 2:
         raise InputError(f'{source} has block_size=1: a program of any length needs at least 2')
-    text = tokenizer.of_model(saved, dataset, gpt, source)
+    text = data_folder.of_model(saved, dataset, gpt, source)
     built = GPT.skeleton(gpt)
-    built.to(hardware.DTYPES[dtype]).load_state_dict({
-        name: checkpoint.cast(name, tensor, hardware.DTYPES[dtype]) for name, tensor in tensors.items()}, assign=True)
-    tokenizer.write_folder(folder, text, gpt.block_size)
+    built.to(devices.DTYPES[dtype]).load_state_dict({
+        name: checkpoint.cast(name, tensor, devices.DTYPES[dtype]) for name, tensor in tensors.items()}, assign=True)
+    tokenizer_files.write_folder(folder, text, gpt.block_size)
     length = torch.export.Dim('length', max=gpt.block_size)
     return (Logits(built).eval().requires_grad_(False), (torch.zeros(2, 2, dtype=torch.int64),),
             {'input_ids': {0: torch.export.Dim('batch'), 1: length}})

@@ -16,15 +16,18 @@ import torch
 from configurator import InputError, configure
 from model import GPT
 from sologpt.adapters import adapter_files
-from sologpt.adapters.adapters import Bank, decode_base, merge
+from sologpt.adapters.adapters import merge
+from sologpt.adapters.bank import Bank
 from sologpt.files import checkpoint
 from sologpt.inference.compiled_step import CompiledStep
 from sologpt.inference.generation import lists_of
-from sologpt.machine import hardware
+from sologpt.machine import choices, devices
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.formats import Sparse24
-from sologpt.matmuls.matmul import convert, hold_for_matmuls, layers, pack_ternary
-from sologpt.tokens import tokenizer
+from sologpt.matmuls.held import decode_base, hold_for_matmuls
+from sologpt.matmuls.recipe_linear import convert, layers
+from sologpt.matmuls.ternary import pack_ternary
+from sologpt.tokens import data_folder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
@@ -58,8 +61,8 @@ for key in ('num_samples', 'max_new_tokens'):
         raise InputError(f'{key}={config[key]} must be at least 1')
 if temperature < 0 or not 0 < top_p <= 1:
     raise InputError(f'temperature={temperature} must be at least 0, and top_p={top_p} in (0, 1]')
-device = hardware.find_device(device)
-hardware.prepare(device)
+device = devices.find_device(device)
+devices.prepare(device)
 
 # model and tokenizer
 if adapter and adapters:
@@ -84,7 +87,7 @@ if folders:
     source = source or loaded[0].base
 else:
     model, saved = GPT.from_checkpoint(source, dropout=0.0)
-text, recipe = tokenizer.of_model(saved, dataset, model.config, source), saved.get('matmul', '')
+text, recipe = data_folder.of_model(saved, dataset, model.config, source), saved.get('matmul', '')
 if adapters:
     low_rank = [adapter_files.low_rank(model.config, *of_one) for of_one in zip(loaded, folders, strict=True)]
 elif folders:
@@ -93,8 +96,8 @@ elif folders:
         merge(model)
 decode_base(model)
 model.eval().to(device)
-dtype, _ = hardware.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
-attn_backend, _ = hardware.find_attn_backend('auto', device, dtype, model.config.block_size)
+dtype, _ = choices.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
+attn_backend, _ = choices.find_attn_backend('auto', device, dtype, model.config.block_size)
 for block in model.transformer.h:
     block.attn.attend = ATTENTION[attn_backend]
 if recipe == 'ternary':
@@ -120,11 +123,11 @@ if adapters:
         rows = num_samples if 'num_samples' in given else len(folders)
         ids = [1 + row % len(folders) for row in range(rows)]
     num_samples, names = len(ids), [f'[{(["the base"] + folders)[number]}]\n' for number in ids]
-    bank = Bank(model, low_rank, hardware.DTYPES[dtype])
+    bank = Bank(model, low_rank, devices.DTYPES[dtype])
     bank.select(ids)
 hold_for_matmuls(model, dtype)
 if compile == 'auto':
-    compile = max_new_tokens >= 10_000 and hardware.can_compile(device)[0]
+    compile = max_new_tokens >= 10_000 and choices.can_compile(device)[0]
 elif isinstance(compile, str):
     raise InputError(f'compile={compile!r} must be auto, True or False')
 step = CompiledStep(model) if compile else None
@@ -152,7 +155,7 @@ generator = torch.Generator(device).manual_seed(seed)
 decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a token may end inside a character
 print(names[0] + start, end='', flush=True)
 new = []
-with hardware.autocast(device, dtype):
+with devices.autocast(device, dtype):
     if compile:  # before the clock starts
         list(model.stream(prompt, 1, temperature=0, window_step=window_step, step=step))
     began = time.perf_counter()

@@ -22,19 +22,23 @@ import torch
 from configurator import InputError, configure, describe, inherit
 from model import ARCHITECTURES, GPT, GPTConfig
 from sologpt.adapters import adapter_files
-from sologpt.adapters.adapters import attach, hold_base, hold_linears_in, low_rank_Bs, training_bytes
+from sologpt.adapters.adapters import attach, low_rank_Bs, training_bytes
 from sologpt.files import checkpoint
-from sologpt.machine import hardware, parallel
+from sologpt.machine import choices, devices, peaks, processes
+from sologpt.machine import clock as timing
+from sologpt.machine import sharding as shares
 from sologpt.matmuls.attention import ATTENTION
-from sologpt.matmuls.matmul import RECIPES, convert, hold_in_bfloat16, layers, relative_time, restore
+from sologpt.matmuls.held import hold_base, hold_in_bfloat16, hold_linears_in
+from sologpt.matmuls.recipe_linear import convert, layers, relative_time, restore
+from sologpt.matmuls.recipes import RECIPES
 from sologpt.matmuls.recompute import RECOMPUTE
-from sologpt.tokens import tokenizer
+from sologpt.tokens import data_folder, tokenizer
 from sologpt.tokens.loader import Tokens, TrainBatches, eval_batches
-from sologpt.training import optim
+from sologpt.training import moments, optimizers, pruning, schedules
 from sologpt.training.build import table_rows
+from sologpt.training.forecast import Forecast, divisors, fastest, out_of_memory_advice
 from sologpt.training.loss import TrainingLoss
-from sologpt.training.memory import Forecast, divisors, fastest, out_of_memory_advice
-from sologpt.training.runlog import RunLog
+from sologpt.training.report import RunLog
 
 # ----------------------------------------------------------------------------------------------------------------------
 # output
@@ -200,11 +204,11 @@ for key, least in {'eval_interval': 1, 'eval_iters': 1, 'log_interval': 1, 'batc
 for key, known in {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'wsd'),
                    'weights_dtype': ('float32', 'bfloat16'), 'sharding': ('', 'fsdp'),
                    'checkpoint_activations': (False, True, 'selective'),
-                   'optimizer_state': tuple(optim.MOMENTS)}.items():
+                   'optimizer_state': tuple(moments.MOMENTS)}.items():
     if config[key] not in known:
         raise InputError(f'{key}={config[key]!r} is not known: use {" or ".join(str(k) for k in known if k != "")}')
-if muon_iterations > len(optim.POLAR_EXPRESS):
-    raise InputError(f'muon_iterations={muon_iterations} must be at most {len(optim.POLAR_EXPRESS)}')
+if muon_iterations > len(optimizers.POLAR_EXPRESS):
+    raise InputError(f'muon_iterations={muon_iterations} must be at most {len(optimizers.POLAR_EXPRESS)}')
 for key in ('decay_part', 'matmul_until', 'prune_end'):
     if config[key] is not None and config[key] > 1:
         raise InputError(f'{key}={config[key]} must be at most 1')
@@ -239,11 +243,11 @@ if peak_flops is not None and peak_flops <= 0:
     raise InputError(f'peak_flops={peak_flops} must be above 0')
 
 # processes: one, or torchrun's
-torchrun, rank, world_size = parallel.find_processes()
+torchrun, rank, world_size = processes.find_processes()
 master = rank == 0
-device = hardware.find_device(device)
+device = devices.find_device(device)
 if torchrun and device.type == 'cuda':
-    device = hardware.find_device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}')
+    device = devices.find_device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}')
 if sharding:
     for refused, why in (
             (not torchrun, 'is for several processes: start train.py by torchrun --standalone --nproc_per_node=2 '
@@ -296,38 +300,38 @@ if min_lr is None:
 
 # machine
 started = time.perf_counter()
-hardware.prepare(device, tf32, reduced_precision_reduction, allow_fp16_accumulation)
+devices.prepare(device, tf32, reduced_precision_reduction, allow_fp16_accumulation)
 if memory_limit and device.type != 'cuda':
     raise InputError(f'memory_limit={memory_limit} is for a GPU, not for {device.type}: leave it out')
-memory_there = hardware.memory_limit(device, memory_limit)
+memory_there = devices.memory_limit(device, memory_limit)
 compile_reason = 'as asked'
 if compile == 'auto':
-    compile, compile_reason = hardware.can_compile(device)
+    compile, compile_reason = choices.can_compile(device)
 elif isinstance(compile, str):
     raise InputError(f'compile={compile!r} must be auto, True or False')
 if cuda_graphs and (torchrun or choose_batch_size or not compile or device.type != 'cuda'):
     raise InputError('cuda_graphs is for one process on a GPU, compiled, with a batch_size that is given: leave it out')
-if document_mask and attn_backend in hardware.GPU_ATTENTION:
+if document_mask and attn_backend in choices.GPU_ATTENTION:
     raise InputError(f'attn_backend={attn_backend} has no document_mask: use auto')
 if torchrun:
     backend = backend or ('nccl' if device.type == 'cuda' else 'gloo')
-    parallel.start(device, backend)
+    processes.start(device, backend)
 if master and not eval_only:
     checkpoint.check_writable(out_dir)
 
 # data
 if dataset is None:
-    dataset = config['dataset'] = 'openwebtext' if tokenizer.paths_of('data/openwebtext', 'train') else 'pystdlib'
+    dataset = config['dataset'] = 'openwebtext' if data_folder.paths_of('data/openwebtext', 'train') else 'pystdlib'
 data_dir = os.path.join('data', dataset)
 if prepare_data and master and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
     print(f'preparing {data_dir} ...', flush=True)
     if subprocess.run([sys.executable, os.path.join(data_dir, 'prepare.py')]).returncode:
         raise InputError(f'python {data_dir}/prepare.py failed')
-parallel.wait()
+processes.wait()
 if not os.path.isdir(data_dir):
     there = ', '.join(sorted(os.path.basename(os.path.dirname(f)) for f in glob.glob('data/*/'))) or 'nothing'
     raise InputError(f'no data in {data_dir}: set dataset to a folder in data/, where there is {there}')
-meta = tokenizer.read_meta(data_dir)
+meta = data_folder.read_meta(data_dir)
 if resuming and not tokenizer.agree(resumed.get('tokenizer'), meta['tokenizer']):
     raise InputError(f'{ckpt_path} was trained with another tokenizer than that of {data_dir}')
 
@@ -398,18 +402,18 @@ n_params, full_bytes = model.n_params(), 16 * model.n_params()
 # number format of the matmuls; on a CPU 'auto' depends on the model's width
 if dtype == 'auto' and resuming and resumed.get('dtype', {}).get(device.type):
     dtype = resumed['dtype'][device.type]  # what 'auto' found then: measured again, it might come out otherwise
-chosen = resumed.get('chosen', {}).get(hardware.device_name(device), {}) if resuming else {}
+chosen = resumed.get('chosen', {}).get(devices.device_name(device), {}) if resuming else {}
 if attn_backend == 'auto':
     attn_backend = chosen.get('attn_backend', 'auto')
 width = model.config.n_embd
-dtype, dtype_reason = hardware.find_dtype(dtype, device, (tokens_per_micro_batch, width, 4 * width))
+dtype, dtype_reason = choices.find_dtype(dtype, device, (tokens_per_micro_batch, width, 4 * width))
 # 'auto' tries things out: the first process decides
-dtype, dtype_reason, compile, compile_reason = parallel.of_master((dtype, dtype_reason, compile, compile_reason))
+dtype, dtype_reason, compile, compile_reason = processes.of_master((dtype, dtype_reason, compile, compile_reason))
 if weights_dtype != 'float32' and dtype != weights_dtype:
     raise InputError(f'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
 if base_format == 'bfloat16' and dtype != 'bfloat16':
     raise InputError(f'base_format=bfloat16 needs matmuls in it, but dtype is {dtype} ({dtype_reason})')
-attn_backend, attn_reason = parallel.of_master(hardware.find_attn_backend(
+attn_backend, attn_reason = processes.of_master(choices.find_attn_backend(
     attn_backend, device, dtype, block_size, None if document_mask or adapter == 'prefix' else  # these need a mask
     (8, model.config.n_head, block_size, width // model.config.n_head)))
 
@@ -430,7 +434,7 @@ if trained:
         raise InputError(f'block_size={block_size} and {model.n_virtual} virtual tokens are more than the '
                          f'{model.config.block_size} positions of {init_from}: use --block_size='
                          f'{model.config.block_size - model.n_virtual}')
-    hardware.give_back_memory()
+    devices.give_back_memory()
 for block in model.transformer.h:
     block.attn.attend, block.recompute = ATTENTION[attn_backend], RECOMPUTE[checkpoint_activations]
 if document_mask:
@@ -445,7 +449,7 @@ if document_mask:
 if weights_dtype == 'bfloat16':
     hold_in_bfloat16(model)
 if sharding:  # a recipe rounds float32 weights, and of an adapter's some are not for matmuls
-    parallel.shard(model, device, None if matmul or trained else hardware.DTYPES[dtype], compile)
+    shares.shard(model, device, None if matmul or trained else devices.DTYPES[dtype], compile)
 else:
     with out_of_memory_advice(1, 1, memory_there, None):
         model.to(device)
@@ -461,7 +465,7 @@ if matmul:
         matmul_how += f'; a Linear takes {gain:.2f} of the time in {dtype}, forward and backward'
     if matmul_until < 1:
         matmul_how += f'; in {dtype} from {matmul_until:.0%} of the run on'
-if model.config.vocab_size < meta['vocab_size'] and meta is not tokenizer.ASSUMED_META:
+if model.config.vocab_size < meta['vocab_size'] and meta is not data_folder.ASSUMED_META:
     raise InputError(f'{data_dir} has {meta["vocab_size"]} ids, the model only {model.config.vocab_size}')
 config |= {key: getattr(model.config, key) for key in ARCHITECTURE if key != 'block_size'}
 
@@ -472,7 +476,7 @@ n_ids = min(meta['vocab_size'], model.config.vocab_size)
 train_tokens, val_tokens = (Tokens(data_dir, split, meta, block_size, n_ids) for split in ('train', 'val'))
 if model.n_virtual and not trained.tensors:
     first = torch.from_numpy(train_tokens.read(0, 0.0).astype('int64')).to(device)
-    with hardware.autocast(device, dtype):
+    with devices.autocast(device, dtype):
         model.eval().begin_from(first[torch.arange(model.n_virtual) % len(first)][None])
     model.train()
 
@@ -481,10 +485,10 @@ by_muon = optimizer == 'muon'
 
 def make_optimizer(model):
     if by_muon:
-        return optim.muon(model, learning_rate, weight_decay, (beta1, beta2), muon_lr, embd_lr, head_lr, muon_momentum,
-                          momentum_warmup, muon_iterations,
+        return optimizers.muon(model, learning_rate, weight_decay, (beta1, beta2), muon_lr, embd_lr, head_lr,
+                               muon_momentum, momentum_warmup, muon_iterations,
                           torch.bfloat16 if dtype == 'bfloat16' else torch.float32, optimizer_state)
-    return optim.adamw(model, learning_rate, weight_decay, (beta1, beta2), low_rank_Bs(model), loraplus_lr_ratio,
+    return optimizers.adamw(model, learning_rate, weight_decay, (beta1, beta2), low_rank_Bs(model), loraplus_lr_ratio,
                        optimizer_state)
 
 
@@ -501,19 +505,19 @@ if resuming:
         evals_since_best = 0
     past_seconds, wandb_id = resumed.get('train_seconds', 0.0), resumed.get('wandb_id')
     try:
-        optim.load_state(optimizer, resumed['optimizer'])
+        optimizers.load_state(optimizer, resumed['optimizer'])
     except (KeyError, ValueError) as e:
         raise InputError(f"{ckpt_path}: the optimizer's state does not fit this model: {e}") from None
     if resumed.get('scaler') and scaler.is_enabled():
         scaler.load_state_dict(resumed['scaler'])
     del resumed  # its memory
-pruning = optim.Pruning([layer.weight for layer in layers(model)], prune, prune_start * (max_iters - 1),
+pruning = pruning.Pruning([layer.weight for layer in layers(model)], prune, prune_start * (max_iters - 1),
                         prune_end * (max_iters - 1), iter_num)
 
 raw_model, replicated = model, torchrun and not sharding
 mode = {'mode': 'reduce-overhead'} if cuda_graphs else {}
 model = raw_loss = TrainingLoss(model, compile, sharded=bool(sharding), **mode)
-autocast = hardware.autocast(device, dtype)
+autocast = devices.autocast(device, dtype)
 
 
 def forecast():
@@ -529,7 +533,7 @@ def micro_step_seconds(batch_size):
             loss = raw_loss(ids, ids)
         loss.backward()
     try:
-        return hardware.shortest_seconds(run, device)
+        return timing.shortest_seconds(run, device)
     finally:
         optimizer.zero_grad(set_to_none=True)
 
@@ -541,7 +545,7 @@ if choose_batch_size:
     elif master:
         batch_size, batch_size_reason = fastest(divisors(total_batch_size // block_size // world_size),
                                                 micro_step_seconds, forecast(), memory_there, device)
-    batch_size = parallel.of_master(batch_size)
+    batch_size = processes.of_master(batch_size)
     gradient_accumulation_steps = total_batch_size // block_size // batch_size
     micro_steps = gradient_accumulation_steps // world_size
     # an evaluation reads the same, whatever was chosen: batches of 12 sequences, in smaller ones where 12 do not fit
@@ -549,12 +553,12 @@ if choose_batch_size:
     eval_iters *= 12 // eval_batch_size
 chosen = {'attn_backend': attn_backend} | ({'batch_size': batch_size} if choose_batch_size else {})
 if replicated:
-    model = parallel.replicate(model, device)
+    model = shares.replicate(model, device)
 batches = TrainBatches(train_tokens, batch_size, micro_steps, seed, rank, world_size)
 
 # header
 flops_per_token = raw_model.flops_per_token(block_size)
-peak, peak_source = hardware.peak_flops(device, dtype, peak_flops, tf32)
+peak, peak_source = peaks.peak_flops(device, dtype, peak_flops, tf32)
 if matmul:
     peak_source += f"; {dtype}'s, whatever {matmul} could reach"
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
@@ -572,12 +576,12 @@ if sharding:
     share = sum(p.to_local().numel() for p in raw_model.parameters()) / raw_model.n_params()
     sharded_how = f'sharding: {sharding}, here {share:.1%} of the weights, their gradients and moments\n'
 muon_adds = ''
-if isinstance(optimizer, optim.Muon):
+if isinstance(optimizer, optimizers.Muon):
     share = optimizer.flops() / (flops_per_token * tokens_per_iter / world_size)
     muon_adds = f'; Muon adds {100 * share:.1f} % per step'
 if master:
     print(f'{describe(resolved, given)}\n'
-          f'device: {hardware.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
+          f'device: {devices.device_name(device)}; torch {torch.__version__}; {dtype} ({dtype_reason}); attention '
           f'{attn_backend}{", within documents" if document_mask else ""} ({attn_reason}); '
           f'{"compiled (takes a minute)" if compile else f"eager ({compile_reason})"}\n'
           f'matmuls of the blocks: {matmul_how}\n{adapter_how}{sharded_how}'
@@ -593,7 +597,7 @@ if master:
 log = None
 if master and not eval_only:
     log = RunLog(out_dir, {
-        'config': resolved, 'device': hardware.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
+        'config': resolved, 'device': devices.device_name(device), 'dtype': dtype, 'torch': torch.__version__,
         'parameters': n_params, 'trained': n_trained, 'training_bytes': training_bytes(raw_model),
         'flops_per_token': flops_per_token, 'peak_flops': peak, 'peak_source': peak_source,
         'tokens_per_iter': tokens_per_iter, 'processes': world_size,
@@ -615,14 +619,14 @@ def evaluate():
                 total, n = total + raw_loss(x, y), n + 1
         losses[split] = (total / n).item()
     raw_model.train()
-    return parallel.of_master(losses)
+    return processes.of_master(losses)
 
 
 def save(best):
     weights, of_adapter = raw_model.state_dict(keep_vars=True), {}
     if trained:
         weights, of_adapter = adapter_files.tensors_of(raw_model), {'adapter': trained.to_save()}
-    weights, moments = parallel.whole(weights), parallel.whole(optimizer.state_dict())
+    weights, moments = shares.whole(weights), shares.whole(optimizer.state_dict())
     if not master:
         return
     print(f'saving checkpoint to {out_dir}')
@@ -632,7 +636,7 @@ def save(best):
     checkpoint.save(out_dir, {
         **of_adapter, 'model': weights, 'optimizer': moments, 'scaler': scaler.state_dict(),
         'model_args': raw_model.config.to_save(), 'config': config, 'tokenizer': meta['tokenizer'],
-        'dtype': {device.type: dtype}, 'chosen': {hardware.device_name(device): chosen}, 'iter_num': iter_num,
+        'dtype': {device.type: dtype}, 'chosen': {devices.device_name(device): chosen}, 'iter_num': iter_num,
         'best_val_loss': best_val_loss, 'best_iter': best_iter, 'last_eval': last_eval,
         'evals_since_best': evals_since_best, 'train_seconds': past_seconds + clock.total,
         'tokens': iter_num * tokens_per_iter, 'data': {'name': dataset, 'source': meta.get('source', '')},
@@ -644,7 +648,7 @@ def check_finite(val_loss=0.0):
     Raises InputError if a loss or gradient was not, of any process, before anything worse is saved. Waits for the
     device.
     """
-    first = parallel.least(first_bad).item()
+    first = processes.least(first_bad).item()
     bad = iter_num if not math.isfinite(val_loss) else int(first) if math.isfinite(first) else None
     if bad is not None:
         if log:
@@ -671,7 +675,7 @@ signal.signal(signal.SIGTERM, interrupt)
 if cuda_graphs:  # whose own gradients are overwritten by the next micro-batch's
     for p in raw_model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-clock = hardware.StepClock(device)
+clock = timing.StepClock(device)
 first_bad = torch.full((), math.inf, device=device)  # the first step whose loss or gradient was not finite
 first_iter, laps, lap_start = iter_num, [], iter_num
 x, y = batches.get(iter_num, 0, device)
@@ -680,22 +684,22 @@ x, y = batches.get(iter_num, 0, device)
 while True:
     at = iter_num  # where the schedule is
     if train_minutes:
-        at = max(at, max_iters * parallel.of_master(past_seconds + clock.seconds()) / (60 * train_minutes))
+        at = max(at, max_iters * processes.of_master(past_seconds + clock.seconds()) / (60 * train_minutes))
     if not decay_lr:
         lr_factor = 1.0
     elif schedule == 'wsd':
-        lr_factor = optim.wsd(at, warmup_iters, lr_decay_iters, lowest, decay_part)
+        lr_factor = schedules.wsd(at, warmup_iters, lr_decay_iters, lowest, decay_part)
     else:
-        lr_factor = optim.cosine(at, warmup_iters, lr_decay_iters, lowest)
+        lr_factor = schedules.cosine(at, warmup_iters, lr_decay_iters, lowest)
     lr = learning_rate * lr_factor
-    optim.set_rates(optimizer, iter_num, lr_factor)
+    schedules.set_rates(optimizer, iter_num, lr_factor)
 
     if matmul_now and matmul_until < 1 and at >= matmul_until * max_iters:
         restore(raw_model)
         matmul_now = ''
 
     # evaluate and save
-    stopped = parallel.any_process(interrupted)
+    stopped = processes.any_process(interrupted)
     if stopped:
         if not eval_only and iter_num > first_iter:
             check_finite()
@@ -703,7 +707,7 @@ while True:
             if master:
                 print(f'stopped at iter {iter_num}; go on with --init_from=resume --out_dir={out_dir}')
         break
-    out_of_time = max_minutes and parallel.any_process(time.perf_counter() - started > 60 * max_minutes)
+    out_of_time = max_minutes and processes.any_process(time.perf_counter() - started > 60 * max_minutes)
     finished = at >= max_iters or out_of_time
     if eval_only or (finished or iter_num % eval_interval == 0) and iter_num != last_eval:
         clock.stop()
@@ -727,7 +731,7 @@ while True:
     # forward, backward, update
     clock.start()
     # dropout follows from the step and the process, so that a resumed run needs no saved random state
-    hardware.seed(device, (seed << 32) + iter_num * world_size + rank)
+    devices.seed(device, (seed << 32) + iter_num * world_size + rank)
     step_loss = torch.zeros((), device=device)
     with out_of_memory_advice(batch_size, gradient_accumulation_steps, memory_there, forecast):
         for micro_step in range(micro_steps):
@@ -747,7 +751,7 @@ while True:
             if sharding:
                 grad_norm = grad_norm.full_tensor()
         if weights_dtype != 'float32' or optimizer_state == '8bit':  # stochastic rounding, the same in every process
-            hardware.seed(device, (seed << 32) + 2 ** 31 + iter_num)
+            devices.seed(device, (seed << 32) + 2 ** 31 + iter_num)
         scaler.step(optimizer)
         scaler.update()
         pruning.step(iter_num)
@@ -759,7 +763,7 @@ while True:
     # TRAINING SECTION END: what follows only reports
 
     if iter_num % log_interval == 0 or iter_num == first_iter:
-        step_loss = parallel.mean(step_loss)
+        step_loss = processes.mean(step_loss)
         check_finite()
         seconds = clock.lap() / (iter_num + 1 - lap_start)
         lap_start = iter_num + 1
@@ -772,14 +776,14 @@ while True:
             clock.forget()
         speed = tokens_per_iter / seconds
         mfu = flops_per_token * speed / (peak * world_size)
-        memory = hardware.peak_memory_gb(device)
+        memory = devices.peak_memory_gb(device)
         eta = (max_iters - iter_num - 1) * seconds
         if train_minutes:
             eta = min(eta, max(0.0, 60 * train_minutes - past_seconds - clock.total))
         if master and iter_num % log_interval == 0:
             print(f'iter {iter_num}: loss {step_loss.item():.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, '
                   f'tok/s {speed / 1000:.1f}k, lr {lr:.1e}, mem {memory:.1f}GB, '
-                  f'eta {hardware.duration(eta)}', flush=True)
+                  f'eta {timing.duration(eta)}', flush=True)
             log.write({'iter': iter_num, 'loss': step_loss.item(), 'lr': lr, 'time_ms': seconds * 1000,
                        'tokens_per_s': speed, 'mfu': mfu, 'grad_norm': grad_norm.item() if grad_clip else None,
                        'memory_gb': memory, 'tokens': (iter_num + 1) * tokens_per_iter})
@@ -799,7 +803,7 @@ if (master or sharding) and sample_tokens and not stopped:
     if sample_ids is None:
         sample_ids = next(eval_batches(val_tokens, 1, 1, device))[0][0, :16].tolist()
     if sharding:  # all processes draw the same
-        hardware.seed(device, seed)
+        devices.seed(device, seed)
     with autocast:
         ids = raw_model.generate(torch.tensor([sample_ids], device=device), sample_tokens, temperature=0.8, top_k=200,
                                  eot=text.eot, window_step=max(1, block_size // 8))
@@ -808,4 +812,4 @@ if (master or sharding) and sample_tokens and not stopped:
 if log:
     log.close()
 if torchrun:
-    parallel.end()
+    processes.end()

@@ -18,7 +18,8 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..'))
 
 from configurator import InputError, report_errors  # noqa: E402
-from sologpt.tokens.tokenizer import eot_of, from_dict, paths_of, read_meta  # noqa: E402
+from sologpt.tokens.data_folder import paths_of, read_meta  # noqa: E402
+from sologpt.tokens.tokenizer import eot_of, from_dict  # noqa: E402
 
 CHUNK = 2 ** 24  # tokens read at a time
 LENGTHS = (64, 256, 1024, 4096, 16384, 65536)  # up to which documents are counted together

@@ -24,8 +24,10 @@ from sologpt.adapters.adapter_files import (
     stack,
     tensors_of,
 )
-from sologpt.adapters.adapters import LINEARS, AdapterConfig, NF4Linear, attach, merge, parts
+from sologpt.adapters.adapters import AdapterConfig, attach, merge, parts
 from sologpt.files import checkpoint
+from sologpt.files.hf_files import LINEARS
+from sologpt.matmuls.held import NF4Linear
 
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')  # of transformers about itself

@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import InputError
 from model import GPT, GPTConfig
 from sologpt.adapters import adapters
-from sologpt.adapters.adapters import AdapterConfig, Bank, NF4Linear, Projection, attach, hold_base, merge, parts
-from sologpt.machine.hardware import autocast
+from sologpt.adapters.adapters import AdapterConfig, Projection, attach, merge, parts
+from sologpt.adapters.bank import Bank
+from sologpt.machine.devices import autocast
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.formats import NF4
+from sologpt.matmuls.held import NF4Linear, hold_base
 
 METHODS = ('lora', 'dora', 'vera', 'bottleneck', 'prompt', 'prefix')
 BESIDE = METHODS[:4]
@@ -302,21 +304,21 @@ def test_nf4_linear_multiplies_by_the_decoded_weight(dtype, bias):
 def test_nf4_gives_memory_back_to_the_system():
     code = '''
 import gc, os, torch
-from sologpt.adapters import adapters
-from sologpt.machine import hardware
+from sologpt.matmuls import held
+from sologpt.machine import devices
 from model import GPT, GPTConfig
 def resident():
     gc.collect()
-    hardware.give_back_memory()
+    devices.give_back_memory()
     return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-hardware.prepare(torch.device('cpu'))
+devices.prepare(torch.device('cpu'))
 with torch.device('meta'):
     model = GPT(GPTConfig(n_layer=4, n_embd=640, n_head=8, vocab_size=64, block_size=64, bias=False))
 model.to_empty(device='cpu')
 for p in model.parameters():
     p.data.uniform_(-1, 1)
 n, before = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2), resident()
-adapters.hold_base(model, 'nf4', 'float32')
+held.hold_base(model, 'nf4', 'float32')
 print((before - resident()) / (n * (4 - 4.127 / 8)))
 '''
     run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=100)

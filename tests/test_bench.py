@@ -19,10 +19,10 @@ from sologpt.adapters import adapters
 from sologpt.bench import ablation, data, export, formats, gpu, gpu_rows, plan, process, sweep
 from sologpt.bench import adapters as adapters_suite
 from sologpt.bench import matmul as matmul_suite
-from sologpt.machine import hardware
-from sologpt.matmuls import matmul
-from sologpt.tokens import corpus, tokenizer
-from sologpt.training import runlog
+from sologpt.machine import clock
+from sologpt.matmuls import recipes
+from sologpt.tokens import corpus, data_folder, tokenizer
+from sologpt.training import runs
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
 
@@ -58,7 +58,7 @@ def run_bench(project, monkeypatch):
 def test_race_to_the_loss_that_nanogpt_prints(project, run_bench):
     project.train(seed=1, eval_interval=2, learning_rate=3e-3)
     project.train(seed=2, eval_interval=2, learning_rate=3e-3, out_dir='out2')
-    evals = [runlog.read_run(d, '').curve('iter')[1] for d in ('out', 'out2')]
+    evals = [runs.read_run(d, '').curve('iter')[1] for d in ('out', 'out2')]
     target = max(losses[2] for losses in evals)  # after 4 steps with either seed
     assert target < min(losses[1] for losses in evals)
     (project.folder / 'peer').mkdir()
@@ -86,7 +86,7 @@ def test_race_on_the_same_tokens_where_the_peers_checkpoint_can_be_loaded(projec
                             *TRAIN, '--seed=1')
     race, = measured['figures']['seeds']
     project.train(seed=1)  # the peer is this trainer, and has not learned: our own first evaluation, of more tokens
-    assert race['target_val_loss'] == pytest.approx(runlog.read_run('out', '').evals[0]['val_loss'], abs=1e-4)
+    assert race['target_val_loss'] == pytest.approx(runs.read_run('out', '').evals[0]['val_loss'], abs=1e-4)
     assert race['target_is'] == 'the same tokens' and race['target_val_loss'] != race['peer']['val_loss_printed']
     assert race['here']['iterations'] == 3
     peer_args = ' '.join([*TRAIN, '--max_iters=20'])
@@ -129,7 +129,7 @@ def test_ablation_is_over_the_same_seeds(project, run_bench, monkeypatch):
         expected = []
         for seed in (1, 2):
             project.train(seed=seed, **changes)
-            expected.append(runlog.read_run('out', '').evals[-1]['val_loss'])
+            expected.append(runs.read_run('out', '').evals[-1]['val_loss'])
         row = measured['figures'][name]
         assert row['val_loss'] == expected and row['mean'] == pytest.approx(sum(expected) / 2)
         assert row['spread'] == pytest.approx(abs(expected[0] - expected[1]) / 2 ** 0.5)
@@ -215,7 +215,7 @@ def test_formats_are_over_the_same_seeds_and_go_on_after_a_failure(project, run_
             raise InputError('loss is nan\n  in: train.py')
         return train(script, args)
     monkeypatch.setattr(process, 'own', fails_with_fp8)
-    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, which every run measures
+    monkeypatch.setattr(clock, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, which every run measures
     measured, out = run_bench('--suite=formats', '--runs=2', '--recipes=fp8,mxfp4,mxfp4 backward only', *TRAIN)
     rows = measured['figures']
     assert list(rows) == ['float32', 'fp8', 'mxfp4', 'mxfp4 backward only']
@@ -224,7 +224,7 @@ def test_formats_are_over_the_same_seeds_and_go_on_after_a_failure(project, run_
     expected = []
     for seed in (1, 2):
         project.train(seed=seed, matmul='mxfp4')
-        expected.append(runlog.read_run('out', '').evals[-1]['val_loss'])
+        expected.append(runs.read_run('out', '').evals[-1]['val_loss'])
     row, base = rows['mxfp4'], rows['float32']
     assert row['val_loss'] == expected and row['mean'] == pytest.approx(sum(expected) / 2)
     assert row['spread'] == pytest.approx(abs(expected[0] - expected[1]) / 2 ** 0.5)
@@ -239,7 +239,7 @@ def test_every_recipe_has_its_rows_of_keys_that_train_has():
     train, _ = resolve(f'{ROOT}/train.py', [])
     linears, by_format = matmul_suite._rows(['float32'], train), formats._rows(torch.device('cpu'))
     for rows in (linears, by_format):
-        assert {row['matmul'] for row in rows.values() if 'matmul' in row} == set(matmul.NAMES)
+        assert {row['matmul'] for row in rows.values() if 'matmul' in row} == set(recipes.NAMES)
     for changes in by_format.values():
         resolve(f'{ROOT}/train.py', options(changes))
 
@@ -303,7 +303,7 @@ def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench,
         assert row['speed_ratio'] == pytest.approx(full['ms_per_step'] / row['ms_per_step'])
     project.train(**dict(arg[2:].split('=') for arg in FINETUNE) | dict(seed=2, learning_rate=lora['best_rate'],
                                                                         out_dir='again'))
-    assert lora['val_loss'][1] == min(e['val_loss'] for e in runlog.read_run('again', '').evals[1:])
+    assert lora['val_loss'][1] == min(e['val_loss'] for e in runs.read_run('again', '').evals[1:])
     assert lora['file_bytes'] == (project.folder / 'again' / 'adapter_model.safetensors').stat().st_size
     assert full['file_bytes'] == 4 * full['parameters'] and f'{lora["difference"]:+.4f}' in out
     assert (project.folder / 'figures.png').exists()
@@ -548,7 +548,7 @@ def test_the_gpus_text_is_in_files_that_nanogpt_reads(tmp_path, monkeypatch):
         gpu_rows.prepare_code(str(folder), tokens)
         sizes = [(folder / f'{split}.bin').stat().st_size // 2 for split in ('train', 'val')]
         assert sizes[0] == 5000 if tokens == 5000 else 45 * 400 < sum(sizes) <= 50 * 401
-        assert tokenizer.paths_of(str(folder), 'train') == [str(folder / 'train.bin')]
+        assert data_folder.paths_of(str(folder), 'train') == [str(folder / 'train.bin')]
 
 
 def test_what_nvidia_smi_says(tmp_path, monkeypatch):

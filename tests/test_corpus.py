@@ -19,7 +19,7 @@ from conftest import ROOT
 from test_sources import parquet
 
 from configurator import InputError
-from sologpt.tokens import corpus, sources, tokenizer
+from sologpt.tokens import corpus, data_folder, sources, tokenizer
 from sologpt.tokens.corpus import Endings, FirstTokens, SomeDocuments
 from sologpt.tokens.loader import Tokens, TrainBatches
 
@@ -91,7 +91,7 @@ def test_what_is_written(folder):
     last = len(train) // 1000
     assert sizes == {f'train_{i:03d}.bin': 1000 for i in range(last)} | {
         f'train_{last:03d}.bin': len(train) % 1000, 'val.bin': 500}
-    meta = tokenizer.read_meta('data')
+    meta = data_folder.read_meta('data')
     assert meta['tokens'] == {'train': len(train), 'val': 500} and meta['source'] == 'three files'
     assert meta['vocab_size'] == 301 and tokenizer.from_dict(meta['tokenizer']).encode('the cat') == t.encode('the cat')
     loaded = Tokens('data', 'train', meta, block_size=16)
@@ -131,7 +131,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(folder, monkeypatch):
                     break
                 except gone:
                     crashes += 1
-        ready = tokenizer.read_meta(dest) if os.path.exists(f'{dest}/meta.json') else {'tokens': {'val': 0}}
+        ready = data_folder.read_meta(dest) if os.path.exists(f'{dest}/meta.json') else {'tokens': {'val': 0}}
         if ready['tokens']['val']:  # then what there is can be trained on
             assert Tokens(dest, 'val', ready, 16).n_tokens == 500
         if ready['tokens'].get('train'):
@@ -150,7 +150,7 @@ def test_killed_20_times(folder):
     """A process of its own, killed at any moment; the same call goes on."""
     with open('documents.jsonl', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps({'text': d}) + '\n' for d in DOCUMENTS * 3)
-    script = ('import sys, time; from sologpt.tokens import corpus, sources, tokenizer\n'
+    script = ('import sys, time; from sologpt.tokens import corpus, sources, data_folder, tokenizer\n'
               'corpus.BLOCK = 3000; corpus.TASK = 500\n'
               'encode = tokenizer.Bytes.encode_ordinary\n'
               'tokenizer.Bytes.encode_ordinary = lambda self, text: (time.sleep(0.002), encode(self, text))[1]\n'
@@ -196,7 +196,7 @@ def test_a_training_run_beside_a_preparation_that_goes_on(folder):
     """What is published stays where it is, with what it has; only more is added."""
     for more in ({'tokens': 1500}, {'tokens': 12000}, {}):
         prepare(**more)
-        loaded = Tokens('data', 'train', tokenizer.read_meta('data'), 16)
+        loaded = Tokens('data', 'train', data_folder.read_meta('data'), 16)
         batches, steps = TrainBatches(loaded, 4, 1, seed=1), range(loaded.n_windows // 4)
         before = [batches.get(step, 0, CPU)[0] for step in steps]
         prepare(**({} if 'tokens' not in more else {'tokens': more['tokens'] + 5000}))
@@ -210,8 +210,8 @@ def test_what_was_finished_can_be_trained_on_while_more_is_added(folder, monkeyp
         gone = crash_at(n, patch, (os, 'fsync'), (os, 'replace'), (os, 'remove'), (corpus, '_encode'))
         with pytest.raises(gone):
             prepare(tokens=20000)
-    assert Tokens('data', 'train', tokenizer.read_meta('data'), 16).n_tokens >= 1500
-    assert Tokens('data', 'val', tokenizer.read_meta('data'), 16).n_tokens == 500
+    assert Tokens('data', 'train', data_folder.read_meta('data'), 16).n_tokens >= 1500
+    assert Tokens('data', 'val', data_folder.read_meta('data'), 16).n_tokens == 500
 
 
 def test_documents_of_the_validation_are_not_trained_on(folder):
@@ -283,7 +283,7 @@ def test_large_vocabularies_take_4_bytes(folder):
     t = tokenizer.Chars([chr(0x20000 + i) for i in range(66000)])
     parquet(folder / 'src' / '0.parquet', [t.chars[-1] * 10, t.chars[0] * 10])
     files = prepare(source=sources.hub('src/0.parquet'), split=Endings(0.5), tokenizer=t)
-    assert tokenizer.read_meta('data')['dtype'] == 'uint32'
+    assert data_folder.read_meta('data')['dtype'] == 'uint32'
     assert np.frombuffer(files['val.bin'], '<u4').tolist() == [65999] * 5 + [0] * 5
 
 
@@ -298,7 +298,7 @@ def test_an_id_that_cannot_be(folder):
         prepare(tokenizer=Wrong(), split=FirstTokens(10), shard=20)
     kept = content('data')
     assert {'train_000.bin', 'train_001.bin', 'val.bin'} < kept.keys()
-    meta = tokenizer.read_meta('data')
+    meta = data_folder.read_meta('data')
     assert Tokens('data', 'train', meta, 8).n_tokens == meta['tokens']['train'] > 100
 
 
@@ -454,7 +454,7 @@ def test_one_preparation_at_a_time(folder):
     import filelock
     os.makedirs('data')
     with filelock.FileLock('data/progress.lock'):
-        script = ('from sologpt.tokens import corpus, sources, tokenizer\n'
+        script = ('from sologpt.tokens import corpus, sources, data_folder, tokenizer\n'
                   'corpus.prepare("data", sources.find(["src/0.parquet"]), '
                   'tokenizer.Bytes(), corpus.SomeDocuments(0.1))')
         ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True,
@@ -465,13 +465,13 @@ def test_one_preparation_at_a_time(folder):
 def test_write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     corpus.write('d', tokenizer.Bytes(), {'train': ['ab', 'c'], 'val': ['d']}, 'here')
-    meta = tokenizer.read_meta('d')
+    meta = data_folder.read_meta('d')
     assert np.fromfile('d/train.bin', '<u2').tolist() == [97, 98, 0, 99]  # documents parted by end of text
     assert meta['tokens'] == {'train': 4, 'val': 1} and meta['vocab_size'] == 256 and meta['source'] == 'here'
     before = content('d')
     with pytest.raises(InputError):
         corpus.write('d', tokenizer.Chars('cd'), {'train': ['cc'], 'val': ['x']}, 'new')
-    assert before == content('d') and tokenizer.read_meta('d') == meta
+    assert before == content('d') and data_folder.read_meta('d') == meta
 
 
 @pytest.mark.parametrize('text, number', [('5000', 5000), ('100M', 10 ** 8), ('1.5B', 1_500_000_000), ('2k', 2000),

@@ -8,12 +8,12 @@ from test_model import KINDS, uncached, varied
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from configurator import InputError
-from sologpt.adapters.adapters import Bank
+from sologpt.adapters.bank import Bank
 from sologpt.inference.compiled_step import CompiledStep
 from sologpt.inference.contexts import FixedCache
 from sologpt.inference.generation import Step, lists_of, sample
-from sologpt.machine.hardware import autocast
-from sologpt.matmuls.matmul import hold_for_matmuls
+from sologpt.machine.devices import autocast
+from sologpt.matmuls.held import hold_for_matmuls
 
 CPU = torch.device('cpu')
 

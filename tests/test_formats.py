@@ -24,8 +24,9 @@ from sologpt.matmuls.formats import (
     Int,
     Sparse24,
 )
-from sologpt.matmuls.matmul import RECIPES, Gemm, gemm
+from sologpt.matmuls.gemms import gemm
 from sologpt.matmuls.products import plain_product
+from sologpt.matmuls.recipes import RECIPES, Gemm
 
 ELEMENTS = {'e4m3': E4M3, 'e5m2': E5M2, 'e3m2': E3M2, 'e2m3': E2M3, 'e2m1': E2M1}
 each_element = pytest.mark.parametrize('name', ELEMENTS)

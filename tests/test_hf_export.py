@@ -21,7 +21,7 @@ from configurator import InputError
 from model import GPT, GPTConfig
 from sologpt.adapters import adapter_files, adapters
 from sologpt.files import checkpoint
-from sologpt.tokens import tokenizer
+from sologpt.tokens import tokenizer, tokenizer_files
 
 CODE = pathlib.Path(os.__file__).with_name('textwrap.py').read_text(encoding='utf-8')
 SCRIPTS = ('Ελλάδα Москва 日本語 한국어 עברית हिन्दी naïve \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \r\n\t '
@@ -159,7 +159,7 @@ def test_tokenizers(tmp_path, tokenizer_of, kind):
     text = mixed_text()
     assert len(text.encode()) >= 1_000_000
     ours = tokenizer.Chars(sorted(set(text))) if kind == 'chars' else tokenizer_of[kind]()
-    tokenizer.write_folder(tmp_path, ours, 32)
+    tokenizer_files.write_folder(tmp_path, ours, 32)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = ours.encode(text)
     assert theirs(text)['input_ids'] == ids
@@ -170,7 +170,7 @@ def test_tokenizers(tmp_path, tokenizer_of, kind):
         assert theirs(f'a{end}b')['input_ids'] == ours.encode(f'a{end}b') == [*ours.encode('a'), ours.eot,
                                                                              *ours.encode('b')]
         assert theirs.decode([*ours.encode('a'), ours.eot], skip_special_tokens=True) == 'a'
-    described = tokenizer.read_folder(tmp_path)
+    described = tokenizer_files.read_folder(tmp_path)
     assert described == ours.to_dict() or kind == 'tiktoken' and tokenizer.agree(described, ours.to_dict())
     again = tokenizer.from_dict(json.loads(json.dumps(described)))
     assert again.encode(SCRIPTS) == ours.encode(SCRIPTS) and again.eot == ours.eot
@@ -333,7 +333,7 @@ def test_a_tokenizer_that_was_changed_afterwards(project, tokenizer_of):
     theirs = transformers.AutoTokenizer.from_pretrained('out')
     theirs.add_tokens(['<user>'])
     theirs.save_pretrained('out')
-    found = tokenizer.from_dict(tokenizer.read_folder('out'))
+    found = tokenizer.from_dict(tokenizer_files.read_folder('out'))
     assert found.vocab_size == 257 and found.encode('a<user>') == theirs('a<user>')['input_ids'] == [97, 256]
 
 

@@ -4,7 +4,7 @@ import torch
 from conftest import write_tokens
 
 from configurator import InputError
-from sologpt.tokens import tokenizer
+from sologpt.tokens import data_folder
 from sologpt.tokens.loader import Tokens, TrainBatches, eval_batches
 
 CPU = torch.device('cpu')
@@ -119,18 +119,18 @@ def test_refused(tmp_path, change, message):
     folder = write_tokens(tmp_path / 'd', range(100), range(100))
     change(folder)
     with pytest.raises(InputError, match=message):
-        Tokens(str(folder), 'val', tokenizer.read_meta(folder), 200 if 'too few' in message else 10)
+        Tokens(str(folder), 'val', data_folder.read_meta(folder), 200 if 'too few' in message else 10)
 
 
 def test_empty_file_of_a_folder_without_counts(tmp_path):
     (tmp_path / 'train.bin').write_bytes(b'')
     with pytest.raises(InputError, match='has 0 tokens, too few'):
-        Tokens(str(tmp_path), 'train', tokenizer.read_meta(tmp_path), 10)
+        Tokens(str(tmp_path), 'train', data_folder.read_meta(tmp_path), 10)
 
 
 def test_an_id_too_large_is_seen_in_large_data_too(tmp_path, monkeypatch):
     folder = write_tokens(tmp_path / 'd', [1] * 99 + [999], [1] * 50)
     monkeypatch.setattr(Tokens, '_check_ids', lambda self: None)
-    t = Tokens(str(folder), 'train', tokenizer.read_meta(folder), 99)
+    t = Tokens(str(folder), 'train', data_folder.read_meta(folder), 99)
     with pytest.raises(InputError, match='token id 999'):
         TrainBatches(t, 1, 1, 0).get(0, 0, CPU)

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from sologpt.machine import hardware
-from sologpt.matmuls import matmul, products
+from sologpt.machine import choices, devices
+from sologpt.matmuls import gemms, held, products, recipe_linear, recipes, ternary
 from sologpt.matmuls.elementwise import rms_norm
 from sologpt.matmuls.formats import BYTE, Format, Sparse24
-from sologpt.matmuls.matmul import NAMES, RECIPES, Gemm, Recipe, find, gemm, recipe_matmul
+from sologpt.matmuls.gemms import gemm, recipe_matmul
 from sologpt.matmuls.products import plain_product
+from sologpt.matmuls.recipe_linear import find
+from sologpt.matmuls.recipes import NAMES, RECIPES, Gemm, Recipe
 
 CPU = torch.device('cpu')
 STOCHASTIC = ('mxfp4', 'nvfp4', 'block_dropout')
@@ -143,7 +145,7 @@ def test_fp4_gradients_pass_the_estimator():
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
     _, _, dw = through(linear('fp4_dge').function.apply, x, w, g)  # its gradients are fp8's
     assert 0.01 < apart(dw, found[2]) < 0.1
-    assert 0.5 < matmul.dge(torch.randn(512, 512)).mean() < 0.7
+    assert 0.5 < recipes.dge(torch.randn(512, 512)).mean() < 0.7
 
 
 def test_scales_along_the_sum_go_over_to_the_other_operand():
@@ -159,7 +161,7 @@ def test_a_random_rotation_leaves_the_product():
     turned = gemm(Gemm(hadamard=32), plain_product, a, b, torch.float32, signs=signs)
     torch.testing.assert_close(turned, a @ b.T, rtol=1e-4, atol=1e-5)
     spike = torch.zeros(1, 32).index_fill(1, torch.tensor(3), 1.0)
-    assert matmul.rotate(spike, signs).abs().allclose(torch.tensor(32 ** -0.5))
+    assert gemms.rotate(spike, signs).abs().allclose(torch.tensor(32 ** -0.5))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -267,7 +269,7 @@ def test_compiles_whole(name, dtype):
 @pytest.mark.parametrize('multiply', [products.by_skipping, products.by_masking])
 def test_block_dropout_is_a_masked_matmul(multiply):
     x, w, g = tensors(70, 100, 90)
-    function = matmul.block_matmul(multiply, 0.4, 32).apply
+    function = gemms.block_matmul(multiply, 0.4, 32).apply
     torch.manual_seed(5)
     found = through(function, x, w, g)
     torch.manual_seed(5)
@@ -286,7 +288,7 @@ def test_block_dropout_does_not_read_what_it_drops():
     x = torch.where(kept, x.detach(), math.nan)
     for multiply, reads in ((products.by_skipping, False), (products.by_masking, True)):
         torch.manual_seed(5)
-        y, _, dw = through(matmul.block_matmul(multiply, 0.5, 32).apply, x, w, g)
+        y, _, dw = through(gemms.block_matmul(multiply, 0.5, 32).apply, x, w, g)
         assert y.isnan().any() == dw.isnan().any() == reads
 
 
@@ -303,7 +305,7 @@ def test_block_dropout_drops_in_training_alone():
 @pytest.mark.parametrize('n_in', [64, 50])
 def test_packed_weights_give_the_training_forward(n_in):
     layer = linear('ternary', n_in, 24)
-    packed = matmul.PackedTernary(layer)
+    packed = ternary.PackedTernary(layer)
     assert packed.packed.numel() == 24 * math.ceil(n_in / 4)
     x = torch.randn(2, 3, n_in)
     assert torch.equal(packed(x), layer(x))
@@ -323,32 +325,32 @@ def test_the_parameters_stay_what_and_where_they_are():
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
     keys, ids = model.state_dict().keys(), torch.randint(0, 11, (2, 8))
     plain = model(ids, ids)[1]
-    assert matmul.convert(model, 'int8', 'float32', 16).startswith('int8, ')
+    assert recipe_linear.convert(model, 'int8', 'float32', 16).startswith('int8, ')
     assert model.state_dict().keys() == keys
     assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
-    changed = {name for name, m in model.named_modules() if isinstance(m, matmul.Linear)}
+    changed = {name for name, m in model.named_modules() if isinstance(m, recipe_linear.Linear)}
     assert len(changed) == 16 and 'lm_head' not in changed
     low = model(ids, ids)[1]
     assert low != plain and abs(low - plain) < 0.05
-    matmul.restore(model)
+    recipe_linear.restore(model)
     assert torch.equal(model(ids, ids)[1], plain)
 
 
 def test_a_compiled_model_goes_back_to_its_dtype():
     model, ids = small(), torch.randint(0, 11, (2, 8))
     plain = model(ids, ids)[1]
-    matmul.convert(model, 'sparse24', 'float32', 16)
+    recipe_linear.convert(model, 'sparse24', 'float32', 16)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     assert compiled(ids, ids)[1] == model(ids, ids)[1] != plain
-    matmul.restore(model)
+    recipe_linear.restore(model)
     assert compiled(ids, ids)[1] == plain
 
 
 def test_the_last_blocks_stay_in_high_precision():
     def converted(name, keep_last=None):
         model = small()
-        how = matmul.convert(model, name, 'float32', 16, keep_last)
-        return [isinstance(block.mlp.c_fc, matmul.Linear) for block in model.transformer.h], how
+        how = recipe_linear.convert(model, name, 'float32', 16, keep_last)
+        return [isinstance(block.mlp.c_fc, recipe_linear.Linear) for block in model.transformer.h], how
     assert converted('nvfp4') == ([True] * 3 + [False], 'nvfp4, all but 1 of 4 blocks, emulated')
     assert converted('int8', 3)[0] == [True] + [False] * 3
     with pytest.raises(InputError, match='matmul_keep_last=4'):
@@ -361,11 +363,11 @@ def paths(device='cpu', dims=(64, 128), tokens=32):
 
 def test_native_is_what_the_hardware_has(monkeypatch):
     """Of a GPU by what torch says of it, for want of one."""
-    monkeypatch.setattr(hardware, 'cpu_has_int8', lambda: False)
+    monkeypatch.setattr(choices, 'cpu_has_int8', lambda: False)
     assert paths() == {'fp8': 'emulated', 'fp8_row': 'emulated', 'int8': 'emulated'}
     for capability, native in ((8, 0), {'int8'}), ((8, 9), {'int8', 'fp8', 'fp8_row'}):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, capability=capability: capability)
-        monkeypatch.setattr(hardware, 'device_name', lambda device: 'a GPU')
+        monkeypatch.setattr(devices, 'device_name', lambda device: 'a GPU')
         if capability == (8, 0) and torch.__version__ < '2.13':
             with pytest.raises(InputError, match='no 8-bit floats on a GPU'):
                 paths('cuda')
@@ -410,7 +412,7 @@ def test_fp8_operands_lie_as_tensor_cores_take_them(name, monkeypatch):
 ])
 def test_what_cannot_be_is_refused(name, options, message):
     with pytest.raises(InputError, match=message):
-        matmul.convert(small(), name, 'float32', 16, **options)
+        recipe_linear.convert(small(), name, 'float32', 16, **options)
 
 
 def test_which_matmuls_follow_the_recipe():
@@ -419,7 +421,7 @@ def test_which_matmuls_follow_the_recipe():
     for chosen in ('fwd', 'dgrad', 'wgrad', 'dgrad,wgrad'):
         found = through(linear('int8', gemms=chosen).function.apply, x, w, g)
         followed = [apart(mine, right) > 1e-4 for mine, right in zip(found, exact, strict=True)]
-        assert followed == [gemm in chosen.split(',') for gemm in matmul.GEMMS], chosen
+        assert followed == [gemm in chosen.split(',') for gemm in recipes.GEMMS], chosen
 
 
 def test_bfloat16_weights_are_half_the_memory_and_nearly_the_same_model():
@@ -427,7 +429,7 @@ def test_bfloat16_weights_are_half_the_memory_and_nearly_the_same_model():
         model, ids = small(arch), torch.randint(0, 11, (2, 8))
         plain = model.hidden(ids)
         size = sum(p.numel() * p.itemsize for p in model.parameters())
-        matmul.hold_in_bfloat16(model)
+        held.hold_in_bfloat16(model)
         assert sum(p.numel() * p.itemsize for p in model.parameters()) < 0.55 * size
         with torch.autocast('cpu', torch.bfloat16):
             hidden = model.hidden(ids)

@@ -9,7 +9,7 @@ from configurator import InputError
 from model import GPT, GPTConfig, Rotary
 from sologpt.inference.contexts import Context
 from sologpt.inference.generation import sample
-from sologpt.machine.hardware import autocast
+from sologpt.machine.devices import autocast
 from sologpt.matmuls import attention, elementwise
 from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_chunk
 from sologpt.training.loss import TrainingLoss

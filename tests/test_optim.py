@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from sologpt.training import optim
+from sologpt.training import moments, optimizers, pruning, schedules
 
 
 def model():
@@ -13,31 +13,31 @@ def model():
 
 
 def test_cosine():
-    at = {step: optim.cosine(step, warmup_iters=9, decay_iters=109, floor=0.1) for step in (0, 8, 9, 59, 109, 500)}
+    at = {step: schedules.cosine(step, warmup_iters=9, decay_iters=109, floor=0.1) for step in (0, 8, 9, 59, 109, 500)}
     assert at == pytest.approx({0: 0.1, 8: 0.9, 9: 1.0, 59: 0.55, 109: 0.1, 500: 0.1})
-    assert optim.cosine(0, warmup_iters=0, decay_iters=0, floor=0.1) == 0.1  # nothing to divide by
+    assert schedules.cosine(0, warmup_iters=0, decay_iters=0, floor=0.1) == 0.1  # nothing to divide by
 
 
 def test_wsd():
-    at = {step: optim.wsd(step, warmup_iters=9, decay_iters=100, floor=0.1, decay_part=0.4)
+    at = {step: schedules.wsd(step, warmup_iters=9, decay_iters=100, floor=0.1, decay_part=0.4)
           for step in (0, 8, 9, 60, 80, 90, 100, 500)}
     assert at == pytest.approx({0: 0.1, 8: 0.9, 9: 1.0, 60: 1.0, 80: 0.55, 90: 0.325, 100: 0.1, 500: 0.1})
-    assert [optim.wsd(s, 0, 4, 0.0, 0.0) for s in (0, 3, 4)] == [1.0, 1.0, 0.0]  # no decay before the end
-    assert optim.wsd(0, 0, 0, 0.1, 0.5) == 0.1
+    assert [schedules.wsd(s, 0, 4, 0.0, 0.0) for s in (0, 3, 4)] == [1.0, 1.0, 0.0]  # no decay before the end
+    assert schedules.wsd(0, 0, 0, 0.1, 0.5) == 0.1
 
 
 def test_rates_follow_each_groups_highest_and_momentum_warms_up():
-    optimizer = optim.muon(model(), 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, embd_lr=0.1, momentum_warmup=10)
-    optim.set_rates(optimizer, 5, 0.5)
+    optimizer = optimizers.muon(model(), 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, embd_lr=0.1, momentum_warmup=10)
+    schedules.set_rates(optimizer, 5, 0.5)
     assert [g['lr'] for g in optimizer.param_groups] == pytest.approx([0.01, 0.05, 1.5e-3, 1.5e-3])
     assert optimizer.param_groups[0]['momentum'] == pytest.approx(0.9)
-    optim.set_rates(optimizer, 99, 0.0)
+    schedules.set_rates(optimizer, 99, 0.0)
     assert optimizer.param_groups[0]['momentum'] == 0.95 and optimizer.param_groups[3]['lr'] == 0.0
 
 
 def test_matrices_decay_and_vectors_do_not():
     m = model()
-    matrices, vectors = optim.adamw(m, 1e-3, 0.1, (0.9, 0.95)).param_groups
+    matrices, vectors = optimizers.adamw(m, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert {p.dim() for p in matrices['params']} == {2} and matrices['weight_decay'] == 0.1
     assert {p.dim() for p in vectors['params']} == {1} and vectors['weight_decay'] == 0.0
     assert len(matrices['params']) + len(vectors['params']) == len(list(m.parameters()))
@@ -63,10 +63,10 @@ def test_goes_on_from_nanogpts_state():
     a = nanogpts(theirs)
     step(theirs, a, 3)
     ours.load_state_dict(theirs.state_dict())
-    b = optim.adamw(ours, 1e-2, 0.1, (0.9, 0.95))
-    optim.load_state(b, copy.deepcopy(a.state_dict()))
+    b = optimizers.adamw(ours, 1e-2, 0.1, (0.9, 0.95))
+    optimizers.load_state(b, copy.deepcopy(a.state_dict()))
     assert b.param_groups[0]['fused']  # hyperparameters are this run's
-    optim.set_rates(b, 3, 1.0)
+    schedules.set_rates(b, 3, 1.0)
     step(theirs, a, 3)
     step(ours, b, 3)
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
@@ -76,8 +76,8 @@ def test_goes_on_from_nanogpts_state():
 def test_state_of_another_model_is_refused():
     other = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
     with pytest.raises(ValueError, match='groups of'):
-        optim.load_state(optim.adamw(model(), 1e-3, 0.1, (0.9, 0.95)),
-                         optim.adamw(other, 1e-3, 0.1, (0.9, 0.95)).state_dict())
+        optimizers.load_state(optimizers.adamw(model(), 1e-3, 0.1, (0.9, 0.95)),
+                         optimizers.adamw(other, 1e-3, 0.1, (0.9, 0.95)).state_dict())
 
 
 @pytest.mark.parametrize('shape', [(3, 16, 16), (2, 16, 64)])
@@ -86,14 +86,14 @@ def test_orthogonalize_is_u_vt(shape, dtype):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     G = U * torch.logspace(-4, -6, 16) @ Vh  # singular values from 0.5 to 0.005 of the norm
-    out = optim.orthogonalize(G, 6, dtype).float()
+    out = optimizers.orthogonalize(G, 6, dtype).float()
     torch.testing.assert_close(out, U @ Vh, atol=2e-2 if dtype == torch.float32 else 5e-2, rtol=0)
 
 
 def polynomial(matrix, iterations):
     """The definition, for one matrix."""
     X = matrix / (1.02 * matrix.norm())
-    for a, b, c in optim.POLAR_EXPRESS[:iterations]:
+    for a, b, c in optimizers.POLAR_EXPRESS[:iterations]:
         A = X @ X.mT
         X = a * X + b * A @ X + c * A @ A @ X
     return X
@@ -103,11 +103,11 @@ def polynomial(matrix, iterations):
 def test_both_ways_of_computing_are_the_polynomial(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([polynomial(matrix, 4) for matrix in G])
-    torch.testing.assert_close(optim.orthogonalize(G, 4, torch.float32), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(optimizers.orthogonalize(G, 4, torch.float32), expected, atol=1e-4, rtol=1e-4)
 
 
 def muon(m, **changes):
-    return optim.muon(m, 1e-2, 0.1, (0.9, 0.95), **dict(muon_lr=0.1, head_lr=2e-2, momentum=0.9, momentum_warmup=0,
+    return optimizers.muon(m, 1e-2, 0.1, (0.9, 0.95), **dict(muon_lr=0.1, head_lr=2e-2, momentum=0.9, momentum_warmup=0,
                                                         iterations=6) | changes)
 
 
@@ -129,7 +129,7 @@ def test_muon_step_by_step():
         for p, q in zip(m.parameters(), reference.parameters(), strict=True):
             p.grad = torch.randn(p.shape, generator=rng)
             q.grad = p.grad.clone()
-        optim.set_rates(optimizer, i, 1.0)
+        schedules.set_rates(optimizer, i, 1.0)
         optimizer.step()
         adam.step()
         with torch.no_grad():
@@ -155,9 +155,9 @@ def test_muon_goes_on_from_its_state():
             stopped = modern()
             stopped.load_state_dict(weights)
             b = muon(stopped)
-            optim.load_state(b, state)
+            optimizers.load_state(b, state)
         for m, optimizer in ((straight, a), (stopped, b)):
-            optim.set_rates(optimizer, i, 1.0)
+            schedules.set_rates(optimizer, i, 1.0)
             step(m, optimizer, 1)
     for p, q in zip(straight.parameters(), stopped.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -181,9 +181,9 @@ def test_small_updates_of_bfloat16_weights_count_in_the_mean(kind):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=4, vocab_size=8))
     weight = model.transformer.h[0].mlp.c_fc.weight
     weight.data = torch.ones_like(weight, dtype=torch.bfloat16)
-    optimizer = optim.adamw(model, 0.001, 0.0, (0.9, 0.95)) if kind == 'adamw' else \
-        optim.muon(model, 0.001, 0.0, (0.9, 0.95), muon_lr=0.001)
-    optim.set_rates(optimizer, 0, 1.0)
+    optimizer = optimizers.adamw(model, 0.001, 0.0, (0.9, 0.95)) if kind == 'adamw' else \
+        optimizers.muon(model, 0.001, 0.0, (0.9, 0.95), muon_lr=0.001)
+    schedules.set_rates(optimizer, 0, 1.0)
     moved = 0.0
     for _ in range(40):
         with torch.no_grad():
@@ -199,7 +199,7 @@ def test_small_updates_of_bfloat16_weights_count_in_the_mean(kind):
 
 def train(m, optimizer, steps, seed=0):
     """The losses on sequences that count upwards."""
-    optim.set_rates(optimizer, 0, 1.0)
+    schedules.set_rates(optimizer, 0, 1.0)
     losses = []
     for step in range(steps):
         start = torch.randint(11, (16, 1), generator=torch.Generator().manual_seed(step))
@@ -215,14 +215,14 @@ def train(m, optimizer, steps, seed=0):
 
 def made(kind, m, keep):
     if kind == 'muon':
-        return optim.muon(m, 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, momentum_warmup=0, keep=keep)
-    return optim.adamw(m, 3e-3, 0.1, (0.9, 0.95), keep=keep)
+        return optimizers.muon(m, 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, momentum_warmup=0, keep=keep)
+    return optimizers.adamw(m, 3e-3, 0.1, (0.9, 0.95), keep=keep)
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'muon'])
 def test_moments_in_the_cpus_memory_are_the_same_and_in_8_bits_nearly(kind):
     losses, held = {}, {}
-    for keep in optim.MOMENTS:
+    for keep in moments.MOMENTS:
         m = model().train()
         optimizer = made(kind, m, keep)
         losses[keep] = train(m, optimizer, 60)
@@ -235,11 +235,11 @@ def test_moments_in_the_cpus_memory_are_the_same_and_in_8_bits_nearly(kind):
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'muon'])
-@pytest.mark.parametrize('keep', optim.MOMENTS)
+@pytest.mark.parametrize('keep', moments.MOMENTS)
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(kind, keep):
     m = model()
     optimizer, scaler = made(kind, m, keep), torch.amp.GradScaler('cpu', init_scale=4.0)
-    optim.set_rates(optimizer, 0, 1.0)
+    schedules.set_rates(optimizer, 0, 1.0)
     for finite in (False, True):
         before = [p.clone() for p in m.parameters()]
         for p in m.parameters():
@@ -256,7 +256,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(kind, keep):
 def test_moments_in_8_bits_are_within_a_digit_and_in_the_mean_exact():
     p = torch.randn(40, 10)
     for which, value in ((0, torch.randn(40, 10) * torch.logspace(-6, 3, 10)), (1, torch.rand(40, 10) ** 4 + 1e-12)):
-        keep = optim.MOMENTS['8bit'][which]
+        keep = moments.MOMENTS['8bit'][which]
         mean, blocks = torch.zeros_like(value), torch.cat([value.flatten(), torch.zeros(112)]).view(-1, 256)
         ulp = (blocks.abs().amax(1, keepdim=True) / 448 * 2 ** -9).expand(-1, 256).flatten()[:400].view_as(value)
         for seed in range(400):
@@ -283,7 +283,7 @@ def test_moments_go_over_from_one_way_of_keeping_them_to_another(kind, before, a
     saved = {'state': {i: {k: v.clone() for k, v in s.items()} for i, s in other.state_dict()['state'].items()},
              'param_groups': other.state_dict()['param_groups']}
     other = made(kind, stopped, after)
-    optim.load_state(other, saved)
+    optimizers.load_state(other, saved)
     losses = train(straight, one, 20, 99), train(stopped, other, 20, 99)
     if before == after or '8bit' not in (before, after):
         assert losses[0] == losses[1]
@@ -292,13 +292,13 @@ def test_moments_go_over_from_one_way_of_keeping_them_to_another(kind, before, a
 
 def test_pruning_rises_to_its_share_and_holds():
     w = torch.randn(40, 25)
-    pruning = optim.Pruning([w], 0.8, 20, 60)
+    pruned = pruning.Pruning([w], 0.8, 20, 60)
     shares = []
     for step in range(80):
         before = w.clone()
         with torch.no_grad():
             w.add_(torch.randn(40, 25), alpha=0.01)
-        pruning.step(step)
+        pruned.step(step)
         shares.append((w == 0).float().mean().item())
         if step == 60:
             assert before.abs()[w == 0].max() < before.abs()[w != 0].min() + 0.1  # the smallest, but for this step
@@ -309,9 +309,9 @@ def test_pruning_rises_to_its_share_and_holds():
 @pytest.mark.parametrize('start, end', [(4.5, 4.5), (3, 9), (0, 8.1)])
 def test_pruning_has_its_share_at_its_end(start, end):
     w = torch.randn(20, 20)
-    pruning = optim.Pruning([w], 0.5, start, end)
+    pruned = pruning.Pruning([w], 0.5, start, end)
     for step in range(10):
-        pruning.step(step)
+        pruned.step(step)
     assert (w == 0).sum() == 200
 
 
@@ -328,7 +328,7 @@ def test_muons_flops_are_those_of_its_products():
     from torch.utils.flop_counter import FlopCounterMode
     m = modern()
     optimizer = muon(m, iterations=4)
-    optim.set_rates(optimizer, 0, 1.0)
+    schedules.set_rates(optimizer, 0, 1.0)
     for p in m.parameters():
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counter:

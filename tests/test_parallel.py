@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, options
 
 from configurator import InputError
 from sologpt.files import checkpoint
-from sologpt.machine import hardware
+from sologpt.machine import clock
 
 # several runs of train.py in one group of processes, for to start them takes longer than the runs
 WORKER = '''
@@ -19,17 +19,17 @@ import contextlib, json, os, runpy, signal, sys
 import torch
 import torch.distributed as dist
 import configurator
-from sologpt.machine import hardware
-from sologpt.training import optim
-from sologpt.machine import parallel
+from sologpt.machine import clock, devices
+from sologpt.training import optimizers
+from sologpt.machine import processes, sharding
 from configurator import InputError
 
 root, by_hand = sys.argv[1], len(sys.argv) > 2
 configurator.report_errors()
-parallel.start(torch.device('cpu'), 'gloo')
-rank, end, seed = dist.get_rank(), parallel.end, hardware.seed
-parallel.start, parallel.end = lambda *_: None, dist.barrier
-hardware.shortest_seconds = lambda *_, **__: 1.0  # of a Linear, for the header
+processes.start(torch.device('cpu'), 'gloo')
+rank, end, seed = dist.get_rank(), processes.end, devices.seed
+processes.start, processes.end = lambda *_: None, dist.barrier
+clock.shortest_seconds = lambda *_, **__: 1.0  # of a Linear, for the header
 
 
 def interrupted_in_step_2(device, value):  # of which only one process hears
@@ -44,14 +44,14 @@ def counted(*args):
 
 
 def elements(tensors):
-    return sum(t.to_local().numel() for t in tensors if parallel.is_share(t))
+    return sum(t.to_local().numel() for t in tensors if sharding.is_share(t))
 
 
-orthogonalize, optim.orthogonalize = optim.orthogonalize, counted
+orthogonalize, optimizers.orthogonalize = optimizers.orthogonalize, counted
 wrote = {}
 for argv in json.load(open('runs.json')):
     out_dir = next(arg for arg in argv if arg.startswith('--out_dir=')).removeprefix('--out_dir=')
-    hardware.seed = interrupted_in_step_2 if out_dir == 'interrupted' else seed
+    devices.seed = interrupted_in_step_2 if out_dir == 'interrupted' else seed
     sys.argv, calls = ['train.py', *argv], []
     try:
         ran = runpy.run_path(os.path.join(root, 'train.py'), run_name='__main__')
@@ -135,7 +135,7 @@ CASES = {'gpt2': GPT2, 'modern': MODERN}
 
 def test_shares_train_as_one_process_and_go_on_as_any_number(project, monkeypatch):
     """In steps of 6 micro-batches; of rows that 2 divides and 3 does not, and a Linear with a single one."""
-    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)
+    monkeypatch.setattr(clock, 'shortest_seconds', lambda *_, **__: 1.0)
     setup = TINY | dict(gradient_accumulation_steps=6, max_iters=6, eval_interval=3)
     half = dict(max_iters=3, lr_decay_iters=6)
     lora = setup | dict(init_from='base', adapter='lora', loraplus_lr_ratio=4.0, max_iters=3, bias=True)

@@ -5,8 +5,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sologpt.matmuls import products
 from sologpt.matmuls.formats import E4M3, Encoded, Format
-from sologpt.matmuls.matmul import RECIPES, recipe_matmul
+from sologpt.matmuls.gemms import recipe_matmul
 from sologpt.matmuls.products import plain_product
+from sologpt.matmuls.recipes import RECIPES
 
 
 def test_integer_products_are_what_emulation_gives():

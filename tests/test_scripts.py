@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, options
 from test_sources import parquet
 
 from sologpt.files import checkpoint
-from sologpt.tokens import tokenizer
+from sologpt.tokens import data_folder, tokenizer
 
 
 def copy_code(folder):
@@ -158,7 +158,7 @@ def test_installed_code(project, monkeypatch):
     splits = {split: bytes(np.fromfile(f'data/pycode/{split}.bin', '<u2').astype(np.uint8)).decode().split('\0')
               for split in ('train', 'val')}
     assert sorted(splits['train'] + splits['val']) == sorted(files.values()) and len(splits['val']) > 10
-    meta = tokenizer.read_meta('data/pycode')
+    meta = data_folder.read_meta('data/pycode')
     assert meta['source'].startswith('packages of Python 3.') and meta['source'].endswith(', 151 files')
 
     def describe():

@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 
 from configurator import InputError
-from sologpt.tokens import tokenizer
+from sologpt.tokens import data_folder, tokenizer
 
 MIXED = 'def f(x):\n\treturn "naïve — 日本語 Ελλάδα \U0001f600"\r\n'
 
@@ -44,7 +44,7 @@ def test_tiktoken_special_token(monkeypatch):
 def test_the_end_of_text_of_gpt2_needs_no_download(monkeypatch):
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: fake_gpt2({'other': name}[name]))
     ends = [tokenizer.eot_of(described) for described in (
-        tokenizer.ASSUMED_META['tokenizer'], {'kind': 'tiktoken', 'name': 'other'}, {'kind': 'bytes'},
+        data_folder.ASSUMED_META['tokenizer'], {'kind': 'tiktoken', 'name': 'other'}, {'kind': 'bytes'},
         {'kind': 'chars', 'chars': ['a']})]
     assert ends == [50256, 257, 0, None]
 
@@ -148,12 +148,12 @@ def test_a_tokenizer_json_that_cannot_be_read(content, message):
 def test_nanogpt_meta(tmp_path):
     with open(tmp_path / 'meta.pkl', 'wb') as f:
         pickle.dump({'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'ß'}, 'stoi': {'a': 0, 'b': 1, 'ß': 2}}, f)
-    meta = tokenizer.read_meta(tmp_path)
+    meta = data_folder.read_meta(tmp_path)
     assert tokenizer.from_dict(meta['tokenizer']).encode('ßa') == [2, 0] and meta['dtype'] == 'uint16'
 
 
 def test_folder_without_meta_is_gpt2s(tmp_path):
-    assert tokenizer.read_meta(tmp_path)['vocab_size'] == 50257
+    assert data_folder.read_meta(tmp_path)['vocab_size'] == 50257
 
 
 class Evil:
@@ -166,7 +166,7 @@ def test_pickle_cannot_run_code(tmp_path, monkeypatch):
     with open('meta.pkl', 'wb') as f:
         pickle.dump({'vocab_size': 3, 'itos': Evil()}, f)
     with pytest.raises(InputError, match='not a plain nanoGPT meta.pkl'):
-        tokenizer.read_meta('.')
+        data_folder.read_meta('.')
     assert not os.path.exists('ran')
 
 
@@ -175,4 +175,4 @@ def test_pickle_cannot_run_code(tmp_path, monkeypatch):
 def test_damaged_meta(tmp_path, content):
     (tmp_path / 'meta.json').write_text(content)
     with pytest.raises(InputError, match='damaged'):
-        tokenizer.read_meta(tmp_path)
+        data_folder.read_meta(tmp_path)

@@ -14,10 +14,11 @@ from conftest import ROOT, TINY, options, write_tokens
 from configurator import InputError
 from model import GPT
 from sologpt.files import checkpoint
-from sologpt.machine import hardware
-from sologpt.matmuls.matmul import NAMES, restore
+from sologpt.machine import choices, clock, devices
+from sologpt.matmuls.recipe_linear import restore
+from sologpt.matmuls.recipes import NAMES
 from sologpt.tokens.loader import eval_batches
-from sologpt.training import memory
+from sologpt.training import forecast
 
 
 def log(folder, out='out'):
@@ -78,7 +79,7 @@ def test_a_chosen_micro_batch_changes_nothing_else(project, monkeypatch):
         def choose(sizes, seconds, forecast, limit, device, fastest=fastest):
             assert sizes == [16, 8, 4, 2, 1] and seconds(fastest) > 0 and forecast.at(fastest).peak < limit
             return fastest, 'as asked'
-        monkeypatch.setattr(memory, 'fastest', choose)
+        monkeypatch.setattr(forecast, 'fastest', choose)
         run, out = project.train(out_dir=name, batch_size='auto', **setup)
         assert f'= {fastest} sequences x 16 tokens x {16 // fastest} accumulated' in out
     project.train(out_dir='given', batch_size=4, **setup)
@@ -114,7 +115,7 @@ def test_accumulation_is_a_larger_batch(project):
     dict(optimizer_state='8bit', arch='modern', optimizer='muon', weights_dtype='bfloat16', dtype='bfloat16'),
 ])
 def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
-    monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
+    monkeypatch.setattr(choices, 'cpu_has_float16', lambda: True)
     schedule = dict(max_iters=8, lr_decay_iters=8) | overrides
     straight, _ = project.train(out_dir='straight', **schedule)
     # stopped between two evaluations, as Ctrl-C does
@@ -163,7 +164,7 @@ def test_documents_are_kept_apart_also_after_a_resume(project, attn_backend):
                          ids=['gpt2-adamw', 'modern-muon'])
 @pytest.mark.parametrize('name', NAMES)
 def test_every_matmul_trains_and_resumes(project, name, model, monkeypatch):
-    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, for the header
+    monkeypatch.setattr(clock, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, for the header
     if name == 'fp8':  # the last part in float32: across a resume, and across the change itself
         model = model | dict(matmul_until=0.75)
     setup = model | dict(matmul=name, gradient_accumulation_steps=2, max_iters=8, block_dropout=0.05,
@@ -239,8 +240,8 @@ def new(project):
     ('prefix', 'gpt2', dict(block_size=12, checkpoint_activations=True)), ('prefix', 'modern', dict(block_size=12)),
 ])
 def test_every_adapter_trains_and_resumes(new, project, method, arch, more, monkeypatch):
-    monkeypatch.setattr(hardware, 'shortest_seconds', lambda *_, **__: 1.0)
-    monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
+    monkeypatch.setattr(clock, 'shortest_seconds', lambda *_, **__: 1.0)
+    monkeypatch.setattr(choices, 'cpu_has_float16', lambda: True)
     project.train(arch=arch, smear=arch == 'modern', **BASE)
     base_bytes = (project.folder / 'base' / 'best.pt').read_bytes()
     setup = ADAPT | dict(adapter=method, num_virtual_tokens=4, arch=arch, smear=arch == 'modern') | more
@@ -266,7 +267,7 @@ def test_every_adapter_trains_and_resumes(new, project, method, arch, more, monk
     assert losses(project.folder, 'more')[1][0] == pytest.approx(val[8], abs=1e-2 if 'matmul' in more else 1e-6)
     # the text is that of the model that was trained
     model = straight['raw_model'].eval()
-    with hardware.autocast(torch.device('cpu'), straight['dtype']):
+    with devices.autocast(torch.device('cpu'), straight['dtype']):
         ids = model.generate(torch.tensor([[70, 77, 84]]), 20, temperature=0)[0].tolist()
     sampled = project.sample(out_dir='straight', start='FMT', temperature=0, dtype=straight['dtype'])
     assert sampled.startswith(bytes(ids[:12]).decode(errors='replace'))
@@ -356,7 +357,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(new, project):
 
 
 def test_loss_scaling_starts_at_2_to_the_15(project, monkeypatch):
-    monkeypatch.setattr(hardware, 'cpu_has_float16', lambda: True)
+    monkeypatch.setattr(choices, 'cpu_has_float16', lambda: True)
     ran, _ = project.train(dtype='float16', max_iters=1)
     assert ran['scaler'].is_enabled() and ran['scaler'].get_scale() == 2.0 ** 15
 

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 from configurator import InputError
 from model import GPT
-from sologpt.adapters.adapters import AdapterConfig, LoRA, VeRA, attach, hold_base, parts
+from sologpt.adapters.adapters import AdapterConfig, LoRA, VeRA, attach, parts
 from sologpt.files import checkpoint
 from sologpt.files.hf_files import LINEARS
 from sologpt.matmuls.elementwise import RMS_EPS
+from sologpt.matmuls.held import hold_base
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'  # peft's, before the names of a model's modules

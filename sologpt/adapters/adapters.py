@@ -29,12 +29,10 @@ from configurator import InputError
 from model import GPT
 from sologpt.files.hf_files import LINEARS
 from sologpt.inference.contexts import Context
-from sologpt.machine.hardware import DTYPES, matmul_dtype
+from sologpt.machine.devices import matmul_dtype
 from sologpt.matmuls.attention import causal_mask
-from sologpt.matmuls.formats import NF4
-from sologpt.matmuls.matmul import hold_in_bfloat16, layers
+from sologpt.matmuls.held import NF4Linear, decode_base, decoded
 
-BASE_FORMATS = ('float32', 'bfloat16', 'nf4')
 NUMBER = (int, float)
 KINDS = {  # of AdapterConfig's fields, and of what they contain
     'r': (int, int), 'lora_alpha': (NUMBER, NUMBER), 'use_rslora': (bool, bool), 'dropout': (NUMBER, NUMBER),
@@ -129,82 +127,6 @@ def _any_matches(targets, name):
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(_ends_with(name, end) for end in targets or ())
-
-
-# The base
-
-
-class NF4Linear(nn.Module):
-    """A frozen Linear whose weight is held in NF4, and decoded for every product."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.shape, self.bias = linear.weight.shape, linear.bias
-        for name, tensor in NF4.encode(linear.weight)._asdict().items():
-            self.register_buffer(name, tensor)
-
-    @property
-    def encoded(self):
-        return NF4(*(getattr(self, name) for name in NF4._fields))
-
-    @property
-    def weight(self):
-        """Decoded, in float32."""
-        return self.encoded.decode(self.shape)
-
-    def flops_per_token(self):
-        return 4 * self.shape.numel()
-
-    def forward(self, x):
-        dtype = matmul_dtype(x)
-        y = nf4_matmul.apply(x.to(dtype), self.shape, *self.encoded)
-        return y if self.bias is None else y + self.bias.to(dtype)
-
-
-class nf4_matmul(torch.autograd.Function):
-    """x, (..., in), by the transpose of an encoded weight, which backward decodes again rather than keep it decoded."""
-
-    @staticmethod
-    def forward(ctx, x, shape, *encoded):
-        ctx.save_for_backward(*encoded)
-        ctx.shape = shape
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, NF4(*encoded).decode(shape, x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
-            return grad @ NF4(*ctx.saved_tensors).decode(ctx.shape, grad.dtype), *[None] * 6
-
-
-def hold_base(model, base_format, dtype):
-    """
-    Round the model's matrices to base_format and, as far as the run's dtype allows, hold them in it: 'nf4' the blocks'
-    Linears, and the tables and the head in bfloat16; 'bfloat16' all. In a run in another dtype than bfloat16 what is
-    rounded to bfloat16 stays in float32.
-    """
-    if base_format not in BASE_FORMATS:
-        raise InputError(f'base_format={base_format!r} is not known: use {", ".join(BASE_FORMATS)}')
-    if base_format == 'nf4':
-        linears = [name for name, layer in model.named_modules()
-                   if isinstance(layer, nn.Linear) and name.startswith('transformer.h.')]
-        for name in linears:  # each is free to go when the next one is encoded
-            model.set_submodule(name, NF4Linear(model.get_submodule(name)))
-    if base_format != 'float32':
-        hold_in_bfloat16(model)
-        if dtype != 'bfloat16':
-            model.float()
-
-
-def hold_linears_in(model, dtype):
-    """
-    Hold the blocks' frozen Linears in the run's dtype, to which autocast would otherwise round them in every product.
-    """
-    for layer in layers(model):
-        layer.weight.data = layer.weight.to(DTYPES[dtype])
-
-
-# Methods that stand beside a Linear
 
 
 class BesideLinear(nn.Module):
@@ -353,9 +275,6 @@ class Bottleneck(BesideLinear):
         raise InputError('adapter=bottleneck is not linear: it cannot be merged into the weights')
 
 
-# Methods of virtual tokens, which take positions 0 .. P - 1
-
-
 class WithPrompt(GPT):
     """A GPT to which attach() has given embeddings of virtual tokens, which stand before every text."""
 
@@ -456,9 +375,6 @@ def method_of(part):
     return next(name for name, cls in METHODS.items() if cls is type(part))
 
 
-# What is done with an adapter
-
-
 def attach(model, config):
     """Freeze the model, on the CPU, and put an untrained adapter to it. Raises InputError if it has no place for it."""
     model.requires_grad_(False)
@@ -495,79 +411,3 @@ def merge(model, weight=1.0):
         model.set_submodule(name, part.base)
     decode_base(model)
     model.requires_grad_(True)
-
-
-def decode_base(model):
-    """Put ordinary Linears in the place of what hold_base() has put in theirs."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, NF4Linear):
-            model.set_submodule(name, decoded(layer))
-
-
-def decoded(layer):
-    if not isinstance(layer, NF4Linear):
-        return layer
-    linear = nn.Linear(*layer.shape[::-1], bias=False, device='meta')
-    linear.weight, linear.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
-    return linear
-
-
-# Many adapters in one batch
-
-
-class Batched(nn.Module):
-    """In the place of a Linear: to each row of a batch is added what a low-rank adapter of its own, or none, adds."""
-
-    def __init__(self, base, slots, r, dtype):
-        super().__init__()
-        n_out, n_in = base.weight.shape
-        self.base, self.A, self.B = base, None, None
-        options = {'dtype': dtype, 'device': base.weight.device}
-        self.slots_A, self.slots_B = torch.zeros(slots, n_in, r, **options), torch.zeros(slots, r, n_out, **options)
-
-    def forward(self, x):
-        y = self.base(x)
-        return torch.baddbmm(y, torch.bmm(x.to(self.A.dtype), self.A), self.B)
-
-
-class Bank:
-    """
-    Low-rank adapters over one model, each in a slot: rows of a batch choose among them, and slot 0 is the model alone.
-    To load another adapter into a slot, or to choose anew for as many rows, changes values alone: nothing is compiled
-    again, and the model's weights are never touched.
-    """
-
-    def __init__(self, model, adapters, dtype):
-        """adapters: of each its low-rank matrices, name of a Linear -> (A, B); dtype: that of matmuls."""
-        self.r = max(len(A) for matrices in adapters for A, _ in matrices.values())
-        names = dict.fromkeys(name for matrices in adapters for name in matrices)
-        self.parts = {name: Batched(model.get_submodule(name), len(adapters) + 1, self.r, dtype) for name in names}
-        for name, part in self.parts.items():
-            model.set_submodule(name, part)
-        for slot, matrices in enumerate(adapters, 1):
-            self.load(slot, matrices)
-        self.select([0])
-
-    def load(self, slot, matrices):
-        """Put an adapter into a slot; rows that have chosen the slot keep what was there until the next select()."""
-        if not matrices.keys() <= self.parts.keys():
-            raise InputError(f'the adapter has {min(matrices.keys() - self.parts.keys())}, which none of those had '
-                             f'that the bank was made for')
-        rank = max(len(A) for A, _ in matrices.values())
-        if rank > self.r:
-            raise InputError(f'the adapter has rank {rank}, the bank room for {self.r}')
-        for name, part in self.parts.items():
-            part.slots_A[slot], part.slots_B[slot] = 0, 0
-            if name in matrices:
-                A, B = matrices[name]
-                part.slots_A[slot, :, :len(A)], part.slots_B[slot, :len(A)] = A.mT, B.mT
-
-    def select(self, slots):
-        """slots: for each row of the batches to come the slot of its adapter."""
-        for part in self.parts.values():
-            chosen = part.slots_A[slots], part.slots_B[slots]
-            if part.A is not None and part.A.shape == chosen[0].shape:
-                part.A.copy_(chosen[0])
-                part.B.copy_(chosen[1])
-            else:
-                part.A, part.B = chosen

@@ -5,7 +5,6 @@ import statistics
 import tempfile
 
 from sologpt.bench import process
-from sologpt.training import runlog
 
 # what takes each part's place; AdamW at the best learning rate of those tried on config/speedrun_cpu.py (1e-3 to 1e-2)
 REPLACED = {
@@ -37,7 +36,7 @@ def measure(config, train_args, picture):
                 out_dir = os.path.join(folder, 'out')
                 options = changes | {'out_dir': out_dir, 'seed': seed, 'sample_tokens': 0}
                 process.own('train.py', [*train_args, *process.flags(options)])
-                runs[name].append(runlog.read_run(out_dir, name))
+                runs[name].append(runs.read_run(out_dir, name))
             print(f'seed {seed} of {config["runs"]}', flush=True)
     rows = {name: _row(found) for name, found in runs.items()}
     base = rows['the recipe']

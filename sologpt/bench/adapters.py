@@ -21,13 +21,14 @@ import torch
 from configurator import InputError, resolve
 from model import GPT, GPTConfig
 from sologpt.adapters import adapter_files
-from sologpt.adapters.adapters import AdapterConfig, Bank, Bottleneck, attach
+from sologpt.adapters.adapters import AdapterConfig, Bottleneck, attach
+from sologpt.adapters.bank import Bank
 from sologpt.bench import process
 from sologpt.bench.matmul import choose
 from sologpt.files import checkpoint
-from sologpt.machine import hardware
+from sologpt.machine import choices, clock, devices
 from sologpt.matmuls.attention import ATTENTION
-from sologpt.training import runlog
+from sologpt.training import runs
 
 BASE = 'full'
 ROWS = {  # name -> train.py's keys; what they leave out is as the config has it
@@ -62,11 +63,11 @@ def measure(config, train_args, picture):
 def _machine(train_args, tokens=None, width=None):
     """(train.py's options, the device, the dtype of a run of so many tokens and that width), for all runs the same."""
     options, _ = resolve(os.path.join(process.ROOT, 'train.py'), train_args)
-    device = hardware.find_device(options['device'])
-    hardware.prepare(device, *(options[key] for key in
+    device = devices.find_device(options['device'])
+    devices.prepare(device, *(options[key] for key in
                                ('tf32', 'reduced_precision_reduction', 'allow_fp16_accumulation')))
     tokens, width = tokens or options['batch_size'] * options['block_size'], width or options['n_embd']
-    return options, device, hardware.find_dtype(options['dtype'], device, (tokens, width, 4 * width))[0]
+    return options, device, choices.find_dtype(options['dtype'], device, (tokens, width, 4 * width))[0]
 
 
 def _reason(name, error):
@@ -80,7 +81,7 @@ def _train(name, train_args, keys):
     """The run; its header also has file_bytes, the size of what is used afterwards."""
     with tempfile.TemporaryDirectory() as out_dir:
         process.own('train.py', [*train_args, *process.flags(RESET | ROWS[name] | keys | {'out_dir': out_dir})])
-        run = runlog.read_run(out_dir, name)
+        run = runs.read_run(out_dir, name)
         path = os.path.join(out_dir, adapter_files.WEIGHTS)
         run.header['file_bytes'] = os.path.getsize(path) if os.path.exists(path) else 4 * run.header['parameters']
         return run
@@ -288,15 +289,15 @@ def _load_adapters(model_config):
 def _serve(base, adapters, device, dtype):
     with_bank = GPT(base.config).eval()
     with_bank.load_state_dict(base.state_dict(keep_vars=True), assign=True)  # the very same weights
-    bank = Bank(with_bank, adapters, hardware.DTYPES[dtype])
+    bank = Bank(with_bank, adapters, devices.DTYPES[dtype])
     slots, models = list(range(1, BATCH + 1)), {'base_s': base, 'adapters_s': with_bank}
     bank.select(slots)
-    attn_backend, _ = hardware.find_attn_backend('auto', device, dtype, base.config.block_size)
+    attn_backend, _ = choices.find_attn_backend('auto', device, dtype, base.config.block_size)
     for block in (*base.transformer.h, *with_bank.transformer.h):
         block.attn.attend = ATTENTION[attn_backend]
     prompt = torch.randint(base.config.vocab_size, (BATCH, PROMPT), device=device)
     figures = {}
-    with torch.no_grad(), hardware.autocast(device, dtype):
+    with torch.no_grad(), devices.autocast(device, dtype):
         # a stream's first position is the prompt's, which warms up; each that follows is one step with a cache
         streams = {name: functools.partial(next, model.stream(prompt, DECODED + 2, temperature=0))
                    for name, model in models.items()}
@@ -316,10 +317,10 @@ def _in_turn(runs, times, device):
     seconds = {name: [] for name in runs}
     for _ in range(times + 2):
         for name, run in runs.items():
-            hardware.synchronize(device)
+            clock.synchronize(device)
             start = time.perf_counter()
             run()
-            hardware.synchronize(device)
+            clock.synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(found[2:]) for name, found in seconds.items()}
 

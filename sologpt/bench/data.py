@@ -139,9 +139,9 @@ def read_batches(folder, batch_size, block_size, step_ms, n, n_steps, device='cp
     """
     import torch
 
-    from sologpt.machine import hardware
+    from sologpt.machine import devices
+    from sologpt.tokens.data_folder import read_meta
     from sologpt.tokens.loader import Tokens, TrainBatches
-    from sologpt.tokens.tokenizer import read_meta
     tokens = Tokens(folder, 'train', read_meta(folder), block_size)
     batches, device = TrainBatches(tokens, batch_size, 1, seed=1), torch.device(device)
     cpu = torch.device('cpu')
@@ -156,11 +156,11 @@ def read_batches(folder, batch_size, block_size, step_ms, n, n_steps, device='cp
         return float(np.median(times))
 
     waited_ms = read(range(n_steps), step_ms / 1e3)
-    before = hardware.peak_memory_gb(cpu)
+    before = devices.peak_memory_gb(cpu)
     ms = read(range(n_steps, n_steps + n), 0)
     print(json.dumps({'ms': ms, 'waited_ms': waited_ms, 'batch_size': batch_size, 'block_size': block_size,
                       'files': len(tokens.paths), 'epochs': batches.epoch(n),
-                      'grown': 1e9 * (hardware.peak_memory_gb(cpu) - before)}))
+                      'grown': 1e9 * (devices.peak_memory_gb(cpu) - before)}))
 
 
 def masked_steps(size, batches, pairs):
@@ -168,9 +168,9 @@ def masked_steps(size, batches, pairs):
     import torch
 
     from model import GPT, GPTConfig
-    from sologpt.machine import hardware
-    device, rows = hardware.find_device('auto'), []
-    dtype, _ = hardware.find_dtype('auto', device, (2048, size['n_embd'], 4 * size['n_embd']))
+    from sologpt.machine import choices, clock, devices
+    device, rows = devices.find_device('auto'), []
+    dtype, _ = choices.find_dtype('auto', device, (2048, size['n_embd'], 4 * size['n_embd']))
     for batch_size, block_size in batches:
         for attention in ('sdpa', 'math'):
             torch.manual_seed(1)
@@ -181,11 +181,11 @@ def masked_steps(size, batches, pairs):
             times = [[], []]
             for _ in range(pairs + 2):
                 for model, taken in zip(models, times, strict=True):
-                    hardware.synchronize(device)
+                    clock.synchronize(device)
                     start = time.perf_counter()
-                    with hardware.autocast(device, dtype):
+                    with devices.autocast(device, dtype):
                         model(ids, ids)[1].backward()
-                    hardware.synchronize(device)
+                    clock.synchronize(device)
                     taken.append(time.perf_counter() - start)
                     model.zero_grad()
             plain, masked = (np.array(taken[2:]) for taken in times)

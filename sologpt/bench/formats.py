@@ -8,9 +8,9 @@ import tempfile
 from configurator import InputError, resolve
 from sologpt.bench import process
 from sologpt.bench.matmul import GREY, choose, plain_dtypes
-from sologpt.machine import hardware
-from sologpt.matmuls.matmul import NAMES
-from sologpt.training import runlog
+from sologpt.machine import devices
+from sologpt.matmuls.recipes import NAMES
+from sologpt.training import runs
 
 BASE = 'float32'
 PATH = re.compile(r'^matmuls of the blocks: (?:\w+, )?([^;\n]*)', re.M)  # a line of train.py's header
@@ -18,7 +18,7 @@ PATH = re.compile(r'^matmuls of the blocks: (?:\w+, )?([^;\n]*)', re.M)  # a lin
 
 def measure(config, train_args, picture):
     """The figures as plain values; draws `picture`. Raises InputError."""
-    device = hardware.find_device(resolve(os.path.join(process.ROOT, 'train.py'), train_args)[0]['device'])
+    device = devices.find_device(resolve(os.path.join(process.ROOT, 'train.py'), train_args)[0]['device'])
     chosen = choose(_rows(device), config['recipes'], [BASE])
     found, failed = {name: [] for name in chosen}, {}
     for seed in range(1, config['runs'] + 1):  # seeds outside, so that a busy minute falls on all alike
@@ -52,7 +52,7 @@ def _train(name, train_args, changes):
     with tempfile.TemporaryDirectory() as out_dir:
         options = changes | {'out_dir': out_dir, 'sample_tokens': 0}
         printed = process.own('train.py', [*train_args, *process.flags(options)])
-        return runlog.read_run(out_dir, name), PATH.search(printed)[1]
+        return runs.read_run(out_dir, name), PATH.search(printed)[1]
 
 
 def _row(found, found_base):

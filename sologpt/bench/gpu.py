@@ -38,7 +38,7 @@ from sologpt.bench.gpu_rows import (
     train_peer,
     wait_for_batches,
 )
-from sologpt.machine import hardware
+from sologpt.machine import devices
 
 # models so small that launching kernels is most of the time
 CHARS = dict(gradient_accumulation_steps=1, max_iters=60, dataset='chars')
@@ -131,13 +131,13 @@ def measure(config, train_args, picture):
     options, given = configurator.resolve(race.TRAIN, train_args)
     if other := [key for key in given if key not in ('device', 'dataset')]:
         raise InputError(f'{other[0]}: this suite sets the keys of training itself, but for device and dataset')
-    device, small = hardware.find_device(options['device']), config['small']
+    device, small = devices.find_device(options['device']), config['small']
     if device.type != 'cuda' and not small:
         raise InputError(f'device={device}: this suite is for a GPU; --small=True tries it at a tiny size')
     chosen = [row for row in rows() if not config['recipes'] or row.part in config['recipes'].split(',')]
     if unknown := set(filter(None, config['recipes'].split(','))) - {row.part for row in chosen}:
         raise InputError(f'recipes: there is no part {min(unknown)!r}: use {", ".join({r.part: 0 for r in rows()})}')
-    settings = {'small': small, 'device': hardware.device_name(device), 'torch': torch.__version__,
+    settings = {'small': small, 'device': devices.device_name(device), 'torch': torch.__version__,
                 'dataset': options['dataset']}
     figures = _begun(config['dest'], settings, config['restart'])
     end, not_reached = time.monotonic() + 60 * config['minutes'], []

@@ -24,11 +24,11 @@ from configurator import InputError
 from model import GPT, GPTConfig
 from sologpt.bench import adapters, plan, process, race
 from sologpt.files import checkpoint
-from sologpt.machine import hardware
+from sologpt.machine import choices, clock, devices, peaks
 from sologpt.tokens import corpus
 from sologpt.tokens.sources import Source, installed_code
 from sologpt.tokens.tokenizer import GPT2_EOT, Bytes
-from sologpt.training import runlog
+from sologpt.training import runs
 
 # keys that both trainers have: GPT-2 124M, its tokens per step a multiple of many micro-batches
 STEP = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, gradient_accumulation_steps=4,
@@ -45,7 +45,7 @@ class Session:
     def __init__(self, peer, device, small, dataset, folder, figures):
         self.peer, self.device, self.small, self.dataset = peer, device, small, dataset
         self.folder, self.figures, self.commands = folder, figures, []
-        self.dtype = 'float32' if device.type == 'cpu' else hardware.find_dtype('auto', device)[0]
+        self.dtype = 'float32' if device.type == 'cpu' else choices.find_dtype('auto', device)[0]
         self.compile = device.type == 'cuda'
 
     def path(self, name):
@@ -143,7 +143,7 @@ def train_peer(session, keys):
     keys = _of_peer(session, keys) | UNTIMED | {'eval_iters': 0}
     session.note('nanoGPT', 'train.py', keys)
     printed, _ = process.run(session.peer, 'train.py', [hook, *process.flags(keys)])
-    run = runlog.read_run(session.file('peer.log', printed), 'nanoGPT')
+    run = runs.read_run(session.file('peer.log', printed), 'nanoGPT')
     ms = run.get('time_ms')
     return {'ms_per_step': ms, 'tokens_per_s': 1000 * run.header['tokens_per_iter'] / ms,
             'memory_gb': int(_last(r'^most memory (\d+)$', printed)) / 1e9}
@@ -170,7 +170,7 @@ def train(session, keys):
     keys = _of_own(session, keys) | UNTIMED | {'eval_iters': 1}
     session.note('here', 'train.py', keys)
     process.own('train.py', process.flags(keys))
-    run = runlog.read_run(keys['out_dir'], 'here')
+    run = runs.read_run(keys['out_dir'], 'here')
     return {'ms_per_step': run.get('time_ms'), 'tokens_per_s': run.get('tokens_per_s'), 'mfu': run.get('mfu'),
             'memory_gb': max(step['memory_gb'] for step in run.steps),
             **{key: run.header[key] for key in ('flops_per_token', 'peak_flops', 'peak_source', 'parameters')}}
@@ -179,7 +179,7 @@ def train(session, keys):
 def _of_own(session, keys):
     if session.device.type == 'cpu':  # which refuses what is for a GPU alone
         keys = {key: value for key, value in keys.items() if key not in ('memory_limit', 'cuda_graphs')} | (
-            {'attn_backend': 'sdpa'} if keys.get('attn_backend') in hardware.GPU_ATTENTION else {})
+            {'attn_backend': 'sdpa'} if keys.get('attn_backend') in choices.GPU_ATTENTION else {})
     return _of_machine(session, keys) | {'out_dir': session.path('out')} | (
         {'init_from': session.base()} if keys.get('init_from') == 'base' else {})
 
@@ -248,7 +248,7 @@ def race_here(session, keys):
         raise InputError("the token files are others than nanoGPT's were: --restart=True measures both")
     session.note('here', 'train.py config/train_fineweb_124m.py', keys)
     process.own('train.py', [os.path.join(process.ROOT, 'config', 'train_fineweb_124m.py'), *process.flags(keys)])
-    run = runlog.read_run(keys['out_dir'], 'here')
+    run = runs.read_run(keys['out_dir'], 'here')
     return race.figures(theirs['peer'], run, theirs['target_val_loss'], theirs['target_is']) | {
         'curve': run.curve('seconds')}
 
@@ -349,21 +349,21 @@ def facts(session, keys):
 
 def read_device(name, dtype, small):
     """Prints what the device is, and how fast a large matmul and a copy are just now."""
-    device = hardware.find_device(name)
-    hardware.prepare(device)
-    flops = hardware.matmul_flops(device, hardware.DTYPES[dtype])
-    found = {'name': hardware.device_name(device), 'torch': torch.__version__, 'cuda': torch.version.cuda,
+    device = devices.find_device(name)
+    devices.prepare(device)
+    flops = peaks.matmul_flops(device, devices.DTYPES[dtype])
+    found = {'name': devices.device_name(device), 'torch': torch.__version__, 'cuda': torch.version.cuda,
              'python': sys.version.split()[0], 'matmul_tflops': flops / 1e12}
     source = torch.ones(2 ** 24 if small else 2 ** 31, dtype=torch.uint8, device=device)
     dest = torch.empty_like(source)
-    found['copy_gb_per_s'] = 2 * source.numel() / 1e9 / hardware.shortest_seconds(lambda: dest.copy_(source), device)
+    found['copy_gb_per_s'] = 2 * source.numel() / 1e9 / clock.shortest_seconds(lambda: dest.copy_(source), device)
     if device.type == 'cuda':
         import triton
         properties = torch.cuda.get_device_properties(device)
         found |= {'capability': list(torch.cuda.get_device_capability(device)), 'triton': triton.__version__,
                   'memory_gb': properties.total_memory / 1e9, 'multiprocessors': properties.multi_processor_count,
                   'cudnn': torch.backends.cudnn.version(), 'idle': nvidia_smi(properties)}
-        a = torch.randn(8192, 8192, device=device, dtype=hardware.DTYPES[dtype])
+        a = torch.randn(8192, 8192, device=device, dtype=devices.DTYPES[dtype])
         for _ in range(int(2 * flops / (2 * 8192 ** 3))):  # two seconds, which are queued
             a @ a
         found['busy'] = nvidia_smi(properties)

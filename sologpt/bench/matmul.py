@@ -22,9 +22,8 @@ import torch.nn.functional as F
 
 from configurator import InputError, resolve
 from sologpt.bench import process
-from sologpt.machine import hardware
-from sologpt.matmuls import matmul as recipes
-from sologpt.matmuls import products
+from sologpt.machine import choices, clock, devices
+from sologpt.matmuls import products, recipe_linear, recipes, ternary
 from sologpt.matmuls.formats import BYTE, Encoded
 
 SECONDS, REPEATS = 2.0, 20  # a time is the median of as many runs as fit, and of at least one
@@ -37,14 +36,14 @@ def measure(config, train_args, picture):
     """The figures as plain values; draws `picture`. Raises InputError."""
     widths, tokens = _widths(config['widths']), config['tokens']
     options, _ = resolve(os.path.join(process.ROOT, 'train.py'), train_args)
-    device = hardware.find_device(options['device'])
+    device = devices.find_device(options['device'])
     plain = plain_dtypes(device)
     chosen = choose(_rows(plain, options), config['recipes'], BASELINES)
-    hardware.prepare(device, *(options[key] for key in
+    devices.prepare(device, *(options[key] for key in
                                ('tf32', 'reduced_precision_reduction', 'allow_fp16_accumulation')))
-    dtype, why = hardware.find_dtype(options['dtype'], device, (tokens, widths[-1], widths[-1]))
-    compile = hardware.can_compile(device)[0] if options['compile'] == 'auto' else options['compile']
-    print(f'{hardware.device_name(device)}; recipes in {dtype} ({why}); {"compiled" if compile else "eager"}')
+    dtype, why = choices.find_dtype(options['dtype'], device, (tokens, widths[-1], widths[-1]))
+    compile = choices.can_compile(device)[0] if options['compile'] == 'auto' else options['compile']
+    print(f'{devices.device_name(device)}; recipes in {dtype} ({why}); {"compiled" if compile else "eager"}')
     rows = {name: [] for name in chosen}
     for width in widths:
         _measure_width(rows, chosen, device, dtype, compile, width, tokens)
@@ -61,7 +60,7 @@ def measure(config, train_args, picture):
 def plain_dtypes(device):
     """float32, bfloat16, and float16 where the device has it."""
     try:
-        hardware.find_dtype('float16', device)
+        choices.find_dtype('float16', device)
     except InputError:
         return 'float32', 'bfloat16'
     return 'float32', 'bfloat16', 'float16'
@@ -149,14 +148,14 @@ def _measure_linear(problem, device, compile, dtype, matmul=None, **options):
     layer.weight.data.copy_(problem.w)
     path, normalised = 'torch', False
     if matmul:
-        layer.__class__, layer.function, path = recipes.find(matmul, device, dtype, (width,), tokens, **options)
-        normalised = layer.__class__ is recipes.NormalisedLinear
-    x, g = (t.to(device, hardware.DTYPES[dtype], copy=True) for t in (problem.x, problem.g))
+        layer.__class__, layer.function, path = recipe_linear.find(matmul, device, dtype, (width,), tokens, **options)
+        normalised = layer.__class__ is recipe_linear.NormalisedLinear
+    x, g = (t.to(device, devices.DTYPES[dtype], copy=True) for t in (problem.x, problem.g))
     x.requires_grad_()
     torch.manual_seed(0)  # some recipes round or drop at random
 
     def forward(linear=layer):
-        with hardware.autocast(device, dtype):
+        with devices.autocast(device, dtype):
             return linear(x)
 
     def forward_and_backward(linear=layer):
@@ -199,10 +198,10 @@ def _median_ms(run, device):
     run()
     times, end = [], time.perf_counter() + SECONDS
     while not times or len(times) < REPEATS and time.perf_counter() < end:
-        hardware.synchronize(device)
+        clock.synchronize(device)
         start = time.perf_counter()
         run()
-        hardware.synchronize(device)
+        clock.synchronize(device)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
 
@@ -256,7 +255,7 @@ def _strassen_errors(device):
     errors = {}
     print("\nerror of Strassen's algorithm at 1024 x 1024, by levels:" + ''.join(f' {n:>8}' for n in range(4)))
     for name in BASELINES:
-        dtype = hardware.DTYPES[name]
+        dtype = devices.DTYPES[name]
         x, w = (Encoded(t.to(device, dtype), None) for t in (a, b))
         exact = a.to(dtype).double() @ b.to(dtype).double().mT
         errors[name] = [relative_error(products.strassen_product(x, w, dtype, dtype, levels), exact)
@@ -270,7 +269,7 @@ def _ternary_inference(device, width):
     torch.manual_seed(0)
     linear = nn.Linear(width, width, bias=False, device=device)
     w, scale = recipes.TERNARY.encode(linear.weight.detach())
-    packed, planes, by_row = recipes.PackedTernary(linear), products.bit_planes(w), recipes.per('row', BYTE)
+    packed, planes, by_row = ternary.PackedTernary(linear), products.bit_planes(w), recipes.per('row', BYTE)
     bfloat16 = linear.weight.detach().bfloat16()
     forms = {  # name -> (what it computes, bytes of the weights, the most tokens)
         'float32': (linear, 4 * w.numel(), 64),

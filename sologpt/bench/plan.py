@@ -15,17 +15,18 @@ from torch.profiler import ProfilerActivity, profile
 from configurator import InputError, resolve
 from model import ARCHITECTURES, GPT, GPTConfig
 from sologpt.adapters.adapter_files import from_keys
-from sologpt.adapters.adapters import attach, hold_base, hold_linears_in, low_rank_Bs
+from sologpt.adapters.adapters import attach, low_rank_Bs
 from sologpt.bench import process
 from sologpt.files.models import read_model
-from sologpt.machine import hardware
-from sologpt.matmuls.matmul import convert, hold_in_bfloat16
+from sologpt.machine import devices
+from sologpt.matmuls.held import hold_base, hold_in_bfloat16, hold_linears_in
+from sologpt.matmuls.recipe_linear import convert
 from sologpt.matmuls.recompute import RECOMPUTE
-from sologpt.tokens import tokenizer
-from sologpt.training import optim
+from sologpt.tokens import data_folder
+from sologpt.training import optimizers, schedules
 from sologpt.training.build import table_rows
+from sologpt.training.forecast import SLACK, Forecast, divisors, nbytes
 from sologpt.training.loss import TrainingLoss
-from sologpt.training.memory import SLACK, Forecast, divisors, nbytes
 
 SIZES = {  # of OpenAI's GPT-2: n_layer, n_head, n_embd
     'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
@@ -45,8 +46,8 @@ def measure(config, train_args, picture):
     options['dtype'] = 'bfloat16' if options['dtype'] == 'auto' else options['dtype']
     device = None  # the plan's: a GPU
     if config['check']:
-        device = hardware.find_device(options['device'])
-        hardware.prepare(device)
+        device = devices.find_device(options['device'])
+        devices.prepare(device)
     if options['compile'] == 'auto':
         options['compile'] = not device or device.type == 'cuda'
     shape = model_config(options)
@@ -102,16 +103,16 @@ def model_config(options):
     """Of the model that train.py would build of these options. Raises InputError."""
     source = options['init_from']
     if source == 'scratch' or source in SIZES:
-        folder, meta = os.path.join('data', options['dataset'] or 'openwebtext'), tokenizer.ASSUMED_META
-        if tokenizer.paths_of(folder, 'train'):
-            meta = tokenizer.read_meta(folder)
+        folder, meta = os.path.join('data', options['dataset'] or 'openwebtext'), data_folder.ASSUMED_META
+        if data_folder.paths_of(folder, 'train'):
+            meta = data_folder.read_meta(folder)
         elif source == 'scratch':
             print(f"there are no token files in {folder}: taken to be of GPT-2's vocabulary")
         keys = {key: options[key] for key in ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'smear',
                                               *ARCHITECTURES['gpt2'])}
         if source in SIZES:
             keys = dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[source], strict=True), arch='gpt2')
-            meta = tokenizer.ASSUMED_META
+            meta = data_folder.ASSUMED_META
         return GPTConfig(**keys, vocab_size=table_rows(meta['vocab_size'], keys['arch']))
     model_args, _, _ = read_model(options['out_dir'] if source == 'resume' else source)
     return GPTConfig.from_saved(model_args, dropout=options['dropout'])
@@ -138,9 +139,9 @@ def build(options, shape):
 def make_optimizer(options, model):
     betas, keep = (options['beta1'], options['beta2']), options['optimizer_state']
     if options['optimizer'] == 'muon':
-        return optim.muon(model, 0.0, 0.0, betas, 0.0, iterations=options['muon_iterations'], keep=keep,
+        return optimizers.muon(model, 0.0, 0.0, betas, 0.0, iterations=options['muon_iterations'], keep=keep,
                           dtype=torch.bfloat16 if options['dtype'] == 'bfloat16' else torch.float32)
-    return optim.adamw(model, 0.0, 0.0, betas, low_rank_Bs(model), options['loraplus_lr_ratio'], keep)
+    return optimizers.adamw(model, 0.0, 0.0, betas, low_rank_Bs(model), options['loraplus_lr_ratio'], keep)
 
 
 def forecast(options, shape, device=None):
@@ -168,12 +169,12 @@ def measured(options, shape, device, batch_size):
 def measured_step(model, optimizer, batch_size, block_size, dtype, compile=False):
     loss_of = TrainingLoss(model, compile)
     device = next(model.parameters()).device
-    optim.set_rates(optimizer, 0, 0.0)
+    schedules.set_rates(optimizer, 0, 0.0)
     ids = torch.randint(model.config.vocab_size, (batch_size, block_size), device=device)
 
     def step(micro_steps):
         for _ in range(micro_steps):
-            with hardware.autocast(device, dtype):
+            with devices.autocast(device, dtype):
                 loss = loss_of(ids, ids)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

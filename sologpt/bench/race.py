@@ -17,8 +17,8 @@ import tempfile
 import configurator
 from configurator import InputError
 from sologpt.bench import process
-from sologpt.tokens import tokenizer
-from sologpt.training import runlog
+from sologpt.tokens import data_folder
+from sologpt.training import runs
 
 TRAIN = os.path.join(process.ROOT, 'train.py')
 SHAPE = ('n_layer', 'n_embd', 'block_size')
@@ -39,7 +39,7 @@ def measure(config, train_args, picture):
             there, here = (os.path.join(folder, f'{who} {seed}') for who in ('peer', 'here'))
             theirs = train_peer(peer, peer_args, data, seed, there)
             process.own('train.py', [*train_args, *process.flags({'dataset': data, 'out_dir': here, 'seed': seed})])
-            ours = runlog.read_run(here, 'here')
+            ours = runs.read_run(here, 'here')
             same = {key: ours.config[key] for key in ('eval_iters', 'batch_size', 'device')}
             races.append(figures(peer_figures(theirs), ours, *target(theirs, same, data, there)))
             _show(seed, races[-1])
@@ -69,7 +69,7 @@ def token_files(dataset, peer, folder):
             os.symlink(os.path.join(os.path.abspath(source), name), os.path.join(data, name))
     if not os.path.exists(os.path.join(data, 'meta.pkl')):  # without it nanoGPT takes 50,304 ids
         with open(os.path.join(data, 'meta.pkl'), 'wb') as f:
-            pickle.dump({'vocab_size': tokenizer.read_meta(source)['vocab_size']}, f)
+            pickle.dump({'vocab_size': data_folder.read_meta(source)['vocab_size']}, f)
     return data
 
 
@@ -85,7 +85,7 @@ def train_peer(peer, peer_args, data, seed, out_dir):
                                         *process.flags({'dataset': data, 'out_dir': out_dir})])
     with open(f'{out_dir}.log', 'w', encoding='utf-8') as f:
         f.write(printed)
-    theirs = runlog.read_run(f'{out_dir}.log', 'peer')
+    theirs = runs.read_run(f'{out_dir}.log', 'peer')
     if not theirs.evals:
         raise InputError('the peer printed no line `step N: train loss ..., val loss ...`')
     return theirs

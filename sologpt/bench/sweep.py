@@ -11,8 +11,8 @@ import torch
 
 from configurator import InputError
 from sologpt.bench import process
-from sologpt.machine import hardware
-from sologpt.training import runlog
+from sologpt.machine import devices
+from sologpt.training import runs
 
 
 def measure(config, train_args, picture):
@@ -39,7 +39,7 @@ def measure(config, train_args, picture):
                     raise
                 print(f'{batch_size:>10} {step // (batch_size * block_size):>12}  out of GPU memory')
                 break
-            rows.append(_row(runlog.read_run(out_dir, ''), batch_size))
+            rows.append(_row(runs.read_run(out_dir, ''), batch_size))
             _show(rows[-1])
             if _next_would_not_fit(rows):
                 print(f'{2 * batch_size:>10} would not fit into the memory of this machine')
@@ -72,7 +72,7 @@ def _next_would_not_fit(rows):
     if len(rows) < 2:
         return False
     before, now = (row['memory_gb'] for row in rows[-2:])
-    return now + 2 * (now - before) > hardware.memory_limit(torch.device('cpu')) / 1e9
+    return now + 2 * (now - before) > devices.memory_limit(torch.device('cpu')) / 1e9
 
 
 def _draw(rows, best, picture):

@@ -4,7 +4,7 @@ import os
 
 from configurator import InputError
 from sologpt.files import checkpoint, hf_files
-from sologpt.tokens import tokenizer
+from sologpt.tokens import tokenizer, tokenizer_files
 
 
 def read_model(source: str) -> tuple[dict, dict, dict]:
@@ -18,7 +18,7 @@ def read_model(source: str) -> tuple[dict, dict, dict]:
     path = checkpoint.find(source) or source
     if not path.endswith('.pt'):
         model_args, weights, family, folder = hf_files.read(source)
-        described = tokenizer.read_folder(folder)
+        described = tokenizer_files.read_folder(folder)
         # a folder without a tokenizer has GPT-2's, if it is OpenAI's GPT-2, or a local one with as many ids
         may_be_gpt2s = family == 'gpt2' and (os.path.isdir(source) or '/' not in source)
         if described is None and not (may_be_gpt2s and model_args['vocab_size'] >= tokenizer.GPT2_VOCAB):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from sologpt.inference.contexts import FixedCache, KVCache
 from sologpt.inference.generation import Step
-from sologpt.machine.hardware import matmul_dtype
+from sologpt.machine.devices import matmul_dtype
 
 
 class BiasApart(nn.Linear):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sologpt.machine.hardware import GPU_ATTENTION
+from sologpt.machine.choices import GPU_ATTENTION
 
 Tensor = torch.Tensor
 

@@ -26,8 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from configurator import InputError
+from sologpt.tokens.data_folder import paths_of
 from sologpt.tokens.sources import LONGEST
-from sologpt.tokens.tokenizer import Bytes, Chars, by_name, paths_of
+from sologpt.tokens.tokenizer import Bytes, Chars, by_name
 
 BLOCK = 2 ** 25  # characters that are shuffled together
 PER_DOCUMENT = 100  # characters, as which a document counts besides its own: what Python needs to hold it

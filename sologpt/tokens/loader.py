@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from configurator import InputError
-from sologpt.tokens.tokenizer import paths_of
+from sologpt.tokens.data_folder import paths_of
 
 
 class Tokens:

@@ -15,11 +15,7 @@ checkpoint, so that sampling needs nothing else. Every tokenizer has
 """
 
 import base64
-import glob
-import hashlib
 import json
-import os
-import pickle
 import re
 
 import numpy as np
@@ -29,8 +25,6 @@ from configurator import InputError
 GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}  # what files that name no tokenizer are taken for, as nanoGPT does
 GPT2_VOCAB, GPT2_EOT = 50257, 50256
 END_OF_TEXT = '<|endoftext|>'
-ASSUMED_META = {'tokenizer': GPT2, 'vocab_size': GPT2_VOCAB, 'dtype': 'uint16'}  # of a folder with neither meta file
-OWN_KEY = 'sologpt'  # in tokenizer_config.json: what to_dict() says
 
 
 class Tokenizer:
@@ -227,8 +221,6 @@ class HuggingFace(Tokenizer):
         return json.loads(self.text)
 
 
-# rank files
-
 # how text is split before its parts are encoded, and the special tokens, by the number of ranks (of tiktoken's
 # tiktoken_ext/openai_public.py)
 _WORD, _ENDING = r'[^\r\n\p{L}\p{N}]?', r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -270,8 +262,6 @@ def by_name(name):
     return Tiktoken(name)
 
 
-# Hugging Face's files
-
 # byte-level BPE writes each byte as a character that can be seen: itself, or one from 256 on
 _SEEN = [*range(ord('!'), ord('~') + 1), *range(0xa1, 0xad), *range(0xae, 0x100)]
 _UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
@@ -301,50 +291,6 @@ def _tokenizer_json(model, pre_tokenizer, decoder, special):
               'special': True} for token, i in sorted(special.items(), key=lambda item: item[1])]
     return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
             'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model}
-
-
-def write_folder(folder, tokenizer, block_size):
-    """tokenizer.json and tokenizer_config.json, as transformers reads them. block_size: a text's most tokens."""
-    content = tokenizer.to_json()
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
-                'model_input_names': ['input_ids', 'attention_mask'], 'clean_up_tokenization_spaces': False}
-    if tokenizer.eot is not None:
-        vocab = content['model']['vocab'] | {added['content']: added['id'] for added in content['added_tokens']}
-        settings['eos_token'] = settings['bos_token'] = next(t for t, i in vocab.items() if i == tokenizer.eot)
-    if isinstance(tokenizer, (Bytes, Chars)):
-        # what it is here, as long as tokenizer.json is this one
-        settings[OWN_KEY] = {'tokenizer': tokenizer.to_dict(), 'sha256': hashlib.sha256(text.encode()).hexdigest()}
-    settings = json.dumps(settings, ensure_ascii=False, indent=1)
-    for name, written in (('tokenizer.json', text), ('tokenizer_config.json', settings)):
-        with open(os.path.join(folder, name), 'w', encoding='utf-8', newline='') as f:
-            f.write(written)
-
-
-def read_folder(folder):
-    """
-    The tokenizer of a folder in Hugging Face's format, as to_dict() describes it, or None if it has none; one of the
-    kind unknown if it cannot be read, for the model may do without.
-    """
-    paths = {name: os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')}
-    if not os.path.isfile(paths['tokenizer.json']):
-        return no_tokenizer(folder) if os.path.isfile(paths['vocab.json']) else None
-    eot_token = None
-    try:
-        if os.path.isfile(paths['tokenizer_config.json']):
-            with open(paths['tokenizer_config.json'], encoding='utf-8') as f:
-                settings = json.load(f)
-            if OWN_KEY in settings:
-                with open(paths['tokenizer.json'], 'rb') as f:
-                    if hashlib.sha256(f.read()).hexdigest() == settings[OWN_KEY]['sha256']:
-                        return dict(settings[OWN_KEY]['tokenizer'])
-            eot_token = settings.get('eos_token')
-            eot_token = eot_token['content'] if isinstance(eot_token, dict) else eot_token
-        return HuggingFace.from_file(paths['tokenizer.json'], eot_token).to_dict()
-    except InputError as e:
-        return {'kind': 'unknown', 'why': str(e)}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        return {'kind': 'unknown', 'why': f'{paths["tokenizer_config.json"]} is damaged ({type(e).__name__}: {e})'}
 
 
 def no_tokenizer(source):
@@ -396,67 +342,3 @@ def _vocabulary(described):
         return GPT2_VOCAB, {'Ġthe': 262}
     tokenizer = from_dict(described)
     return tokenizer.vocab_size, tokenizer.to_json()['model']['vocab']
-
-
-def of_model(saved, dataset, config, source):
-    """
-    The tokenizer of a model: that of data/<dataset> if this is given, else what its checkpoint names, else GPT-2's. Ids
-    that it has not become padding in the model's GPTConfig. saved: the checkpoint of `source`. Raises InputError.
-    """
-    described = saved.get('tokenizer')
-    if dataset:
-        data_dir = os.path.join('data', dataset)
-        if not os.path.isdir(data_dir):
-            raise InputError(f'there is no folder {data_dir}: set dataset to one whose tokenizer the model has')
-        own = read_meta(data_dir)['tokenizer']
-        if not agree(described, own):
-            raise InputError(f'{source} was trained with another tokenizer than {data_dir} has: leave dataset out')
-        described = own
-    elif described is None and saved.get('config', {}).get('dataset'):  # all that nanoGPT's checkpoints name
-        described = read_meta(os.path.join('data', saved['config']['dataset']))['tokenizer']
-    described = described or GPT2
-    tokenizer = from_dict(described)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f'{source} has {config.vocab_size} ids, the tokenizer {described["kind"]} '
-                         f'{tokenizer.vocab_size}: set dataset to the folder in data/ that the model was trained on')
-    config.n_ids = min(config.n_ids, tokenizer.vocab_size)
-    return tokenizer
-
-
-def read_meta(data_dir):
-    """
-    What a data folder says of itself: {'tokenizer': dict, 'vocab_size': int, 'dtype': 'uint16' or 'uint32', ...}.
-
-    Reads meta.json, or nanoGPT's meta.pkl (without running anything in it); a folder with neither is taken for GPT-2's
-    BPE, as nanoGPT does. Raises InputError.
-    """
-    path = os.path.join(data_dir, 'meta.json')
-    if os.path.exists(path):
-        try:
-            with open(path, encoding='utf-8') as f:
-                meta = json.load(f)
-            return {**meta, 'vocab_size': int(meta['vocab_size']), 'tokenizer': dict(meta['tokenizer']),
-                    'dtype': {'uint16': 'uint16', 'uint32': 'uint32'}[meta['dtype']]}
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f'{path} is damaged ({type(e).__name__}: {e}): prepare the data again') from None
-    path = os.path.join(data_dir, 'meta.pkl')
-    if os.path.exists(path):
-        try:
-            with open(path, 'rb') as f:
-                meta = _PlainUnpickler(f).load()
-            chars = [meta['itos'][i] for i in range(int(meta['vocab_size']))]
-        except Exception as e:  # a damaged pickle can raise anything
-            raise InputError(f'{path} is not a plain nanoGPT meta.pkl ({e}): prepare the data again') from None
-        return {'tokenizer': {'kind': 'chars', 'chars': chars}, 'vocab_size': len(chars), 'dtype': 'uint16'}
-    return ASSUMED_META
-
-
-def paths_of(data_dir, split):
-    """The token files of a split: train.bin, or else shards, train_000.bin, train_001.bin, ..."""
-    return sorted(glob.glob(os.path.join(glob.escape(str(data_dir)), f'{split}.bin'))
-                  or glob.glob(os.path.join(glob.escape(str(data_dir)), f'{split}_[0-9]*.bin')))
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it wants to run {module}.{name}')

@@ -1,20 +1,16 @@
 """
-The optimizers, their parameter groups, and the learning-rate schedules.
-
-A parameter group keeps the highest learning rate it is given as `peak_lr`; set_rates() makes each step's of it.
+The optimizers and their parameter groups: AdamW and Muon.
 """
 
 import functools
-import math
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.optim.adamw import adamw as adamw_update
 
-from sologpt.machine import parallel
-from sologpt.matmuls.formats import E4M3, to_bfloat16_stochastically
+from sologpt.machine import sharding
+from sologpt.matmuls.formats import to_bfloat16_stochastically
+from sologpt.training.moments import MOMENTS
 
 # Polar Express (https://arxiv.org/abs/2505.16932): x -> a x + b x^3 + c x^5, with the (a, b, c) of the first, the
 # second, ... iteration, brings singular values between 0.001 and 1 as close to 1 as so many iterations can.
@@ -26,75 +22,6 @@ POLAR_EXPRESS = [
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 ]
-EARLY_MOMENTUM = 0.85  # Muon's, in the first step
-
-
-class Moments:
-    """How an optimizer keeps its moments from one step to the next: in float32, beside the weights."""
-    copied = False  # whether what is read is a copy
-
-    def new(self, p):
-        """Zeros, kept, for a parameter."""
-        return torch.zeros_like(p, dtype=torch.float32)
-
-    def read(self, kept, p):
-        return kept
-
-    def write(self, kept, value):
-        pass  # it is the tensor that was read, and is updated in place
-
-
-class MomentsOnCPU(Moments):
-    """In the CPU's memory, from and to which they are copied in each step."""
-    copied = True
-
-    def new(self, p):
-        return torch.zeros(p.shape, dtype=torch.float32, device='cpu', pin_memory=p.device.type == 'cuda')
-
-    def read(self, kept, p):
-        return kept.to(p.device, non_blocking=True, copy=True)
-
-    def write(self, kept, value):
-        kept.copy_(value, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class MomentsIn8Bits(Moments):
-    """
-    In E4M3, with a float32 scale for each block of 256 (8-bit optimizers: https://arxiv.org/abs/2110.02861), rounded
-    stochastically, so that a mean can follow small changes. Kept as bytes: the elements, then the scales.
-    """
-    power: int  # a second moment is kept as its root, which spans half of the exponents
-    block = 256
-    copied = True
-
-    def new(self, p):
-        blocks = -(-p.numel() // self.block)
-        return torch.zeros(blocks * (self.block + 4), dtype=torch.uint8, device=p.device)
-
-    def _parts(self, kept):
-        elements = kept.numel() // (self.block + 4) * self.block
-        return kept[:elements].view(E4M3.dtype).view(-1, self.block), kept[elements:].view(torch.float32)[:, None]
-
-    def read(self, kept, p):
-        elements, scales = self._parts(kept)
-        x = elements.float() * scales
-        return (x.square_() if self.power == 2 else x).flatten()[:p.numel()].view(p.shape)
-
-    def write(self, kept, value):
-        elements, scales = self._parts(kept)
-        x = value.sqrt() if self.power == 2 else value
-        x = F.pad(x.flatten(), (0, elements.numel() - x.numel())).view_as(elements)
-        scales.copy_(x.abs().amax(1, keepdim=True).clamp(min=1e-30) / E4M3.max)
-        x = E4M3.round(x / scales, torch.rand_like(x))
-        if self.power == 2:  # an update is divided by it
-            x = x.clamp(min=2.0 ** (E4M3.min_exponent - E4M3.mantissa))
-        elements.copy_(x)
-
-
-MOMENTS = {  # train.py's optimizer_state -> how first and second moments are kept
-    'float32': (Moments(), Moments()), '8bit': (MomentsIn8Bits(1), MomentsIn8Bits(2)),
-    'cpu': (MomentsOnCPU(), MomentsOnCPU())}
 
 
 def adamw(model, learning_rate, weight_decay, betas, faster=(), ratio=1.0, keep='float32'):
@@ -219,7 +146,7 @@ class Muon(torch.optim.Optimizer):
             first.write(self.state[p]['momentum'], velocity)
             update = grad.lerp(velocity, group['momentum'])  # Nesterov's
             lr = group['lr'] * max(1, p.size(0) / parts / p.size(1)) ** 0.5
-            if parallel.is_share(p):
+            if sharding.is_share(p):
                 shares.append((p, update, lr, parts))
                 continue
             for matrices in zip(p.chunk(parts), update.chunk(parts), strict=True):
@@ -243,7 +170,7 @@ class Muon(torch.optim.Optimizer):
             if matrices.size(1) > matrices.size(2):
                 return orthogonalize(matrices.mT, self.iterations, self.dtype).mT.flatten(0, 1)
             return orthogonalize(matrices, self.iterations, self.dtype).flatten(0, 1)
-        for i, update in parallel.one_each([update for _, update, _, _ in shares], orthogonal):
+        for i, update in sharding.one_each([update for _, update, _, _ in shares], orthogonal):
             p, _, lr, _ = shares[i]
             p.to_local().mul_(decay).sub_(update, alpha=lr)
 
@@ -253,7 +180,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p, parts in zip(group['params'], group.get('parts', ()), strict=False):
                 rows, columns = sorted((p.size(0) // parts, p.size(1)))
-                parts = parts / p.device_mesh.size() if parallel.is_share(p) else parts
+                parts = parts / p.device_mesh.size() if sharding.is_share(p) else parts
                 if _by_small_side(p.device, self.dtype, rows, columns):
                     total += parts * (2 * 2 * rows ** 2 * columns + (4 * n - 3) * 2 * rows ** 3)
                 else:
@@ -307,7 +234,7 @@ def load_state(optimizer, state):
             optimizer.state[p] = {
                 key: torch.as_tensor(saved, dtype=torch.float32, device=p.device if fused else 'cpu') if key == 'step'
                 else _kept_as(moments[key == 'exp_avg_sq'], MOMENTS['8bit'][key == 'exp_avg_sq'], saved, p)
-                for key, saved in parallel.share(state['state'][i], p).items()}
+                for key, saved in sharding.share(state['state'][i], p).items()}
 
 
 def _kept_as(how, in_8_bits, saved, p):
@@ -319,70 +246,3 @@ def _kept_as(how, in_8_bits, saved, p):
         return kept.copy_(in_8_bits.read(saved, p))
     how.write(kept, saved.to(p.device, torch.float32))
     return kept
-
-
-class Pruning:
-    """
-    Magnitude pruning on a schedule (https://arxiv.org/abs/1710.01878): from step `start` to step `end` the share of
-    zeros in each matrix rises to `share`, as 1 - (1 - t)^3. In every tenth step, and in step `end`, the smallest
-    weights are chosen anew, and what has been chosen stays zero until then.
-    """
-    interval = 10
-
-    def __init__(self, matrices, share, start, end, next_step=0):
-        self.matrices, self.share, self.start, self.end = matrices, share, start, end
-        # of a resumed run what had been chosen is zero
-        self.masks = [w != 0 for w in matrices] if self.share_at(next_step - 1) else None
-
-    def share_at(self, step):
-        if step < self.start:
-            return 0.0
-        t = 1.0 if step >= self.end else (step - self.start) / (self.end - self.start)
-        return self.share * (1 - (1 - t) ** 3)
-
-    @torch.no_grad()
-    def step(self, step):
-        """To be called after the optimizer's step `step`."""
-        share = self.share_at(step)
-        if share and (step % self.interval == 0 or step == math.ceil(self.end)):
-            self.masks = [self._largest(w.abs(), share) for w in self.matrices]
-        if self.masks:
-            for w, mask in zip(self.matrices, self.masks, strict=True):
-                w.mul_(mask)
-
-    @staticmethod
-    def _largest(size, share):
-        mask = torch.ones_like(size, dtype=torch.bool)
-        mask.view(-1)[size.flatten().topk(round(share * size.numel()), largest=False, sorted=False).indices] = False
-        return mask
-
-
-def set_rates(optimizer, step, factor):
-    """The learning rates of step `step`, `factor` of the highest; and Muon's momentum, which rises linearly."""
-    for group in optimizer.param_groups:
-        group['lr'] = group['peak_lr'] * factor
-        if 'peak_momentum' in group:
-            warm = min(1.0, step / group['momentum_warmup']) if group['momentum_warmup'] else 1.0
-            early = min(EARLY_MOMENTUM, group['peak_momentum'])
-            group['momentum'] = early + warm * (group['peak_momentum'] - early)
-
-
-def cosine(step, warmup_iters, decay_iters, floor):
-    """Share of the highest learning rate: linear warm-up, then half a cosine down to `floor` at decay_iters."""
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
-    if step >= decay_iters:
-        return floor
-    progress = (step - warmup_iters) / (decay_iters - warmup_iters)
-    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (1 - floor)
-
-
-def wsd(step, warmup_iters, decay_iters, floor, decay_part):
-    """
-    Share of the highest learning rate: linear warm-up, then 1, then in the last `decay_part` of decay_iters linearly
-    down to `floor` (warm-up, stable, decay: https://arxiv.org/abs/2404.06395).
-    """
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
-    left = max(0.0, 1 - step / decay_iters) if decay_iters else 0.0
-    return floor + (1 - floor) * (min(1.0, left / decay_part) if decay_part else float(left > 0))

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configurator import InputError
-from sologpt.machine import hardware
+from sologpt.machine import devices
 from sologpt.matmuls.attention import ATTENTION
-from sologpt.training import optim
+from sologpt.training import schedules
 from sologpt.training.loss import TrainingLoss
 
 SLACK = 1.05  # a step fits where this times its memory is there
@@ -100,7 +100,7 @@ def _step(model, make_optimizer, batch_size, block_size, dtype, compile, offload
     weights = nbytes([*model.parameters(), *model.buffers()])
     with mode, Alive([*model.parameters(), *model.buffers()]) as alive:
         optimizer = make_optimizer(model)
-        optim.set_rates(optimizer, 0, 0.0)
+        schedules.set_rates(optimizer, 0, 0.0)
         for _ in range(2):  # the first makes the state
             for p in trained:
                 p.grad = torch.empty_like(p)
@@ -164,7 +164,7 @@ class LayerNormOfGPU(nn.LayerNorm):
 def _eager(model, x, y, dtype):
     """Bytes of what a micro-step makes: (kept for backward, the most in forward, the most in backward)."""
     with Alive([x, y, *model.parameters(), *model.buffers()]) as alive:
-        with hardware.autocast(CPU, dtype):
+        with devices.autocast(CPU, dtype):
             loss = model.loss(x, y)
         kept, forward = alive.now, alive.peak
         alive.forget_peak()
@@ -187,7 +187,7 @@ def _compiled(model, x, y, dtype):
     loss_of = TrainingLoss(model, compile=True, fullgraph=True, backend=aot_autograd(
         fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table()))
-    with hardware.autocast(CPU, dtype):
+    with devices.autocast(CPU, dtype):
         loss = loss_of(x, y)
     in_loss = nbytes([t for t in loss.grad_fn.saved_tensors if t is not None]) if model.config.loss_chunk else 0
     loss.backward()
@@ -197,7 +197,7 @@ def _compiled(model, x, y, dtype):
     forward_peak, kept = Liveness(forward).run()
     if of_chunk:
         weight = model.lm_head.weight
-        cast = weight.numel() * hardware.DTYPES[dtype].itemsize if hardware.DTYPES[dtype] != weight.dtype else 0
+        cast = weight.numel() * devices.DTYPES[dtype].itemsize if devices.DTYPES[dtype] != weight.dtype else 0
         chunk_peak, _ = Liveness(of_chunk[0]).run()
         forward_peak, kept = max(forward_peak, kept + in_loss + cast + chunk_peak), kept + in_loss
     backward_peak, _ = Liveness(backward).run(frees=lambda node: node.name in made)

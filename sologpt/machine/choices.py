@@ -1,0 +1,122 @@
+"""
+What 'auto' chooses: the dtype of matmuls, the attention kernel, whether to compile.
+"""
+
+import contextlib
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from configurator import InputError
+from sologpt.machine import clock, devices
+
+GPU_ATTENTION = {'cudnn': SDPBackend.CUDNN_ATTENTION, 'flash': SDPBackend.FLASH_ATTENTION}
+
+
+def find_dtype(name, device, shape=None):
+    """
+    (dtype name, why) of the matmuls for 'auto' or a name that is checked against the device.
+
+    On a CPU 'auto' measures: bfloat16 if it is at least 1.2 times as fast as float32 for a Linear of the run's
+    `shape` (rows, in, out), forward and backward. Raises InputError.
+    """
+    if name != 'auto' and name not in devices.DTYPES:
+        raise InputError(f'dtype={name!r} is not known: use auto, {", ".join(devices.DTYPES)}')
+    if device.type == 'cuda':
+        has_bf16 = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
+        if name == 'bfloat16' and not has_bf16:
+            raise InputError(f'dtype=bfloat16: {devices.device_name(device)} only emulates it, slowly: use float16')
+        if name == 'auto':
+            return ('bfloat16', 'in hardware') if has_bf16 else ('float16', 'no bfloat16 in hardware')
+    elif device.type == 'cpu':
+        if name == 'float16' and not cpu_has_float16():
+            raise InputError('dtype=float16: this CPU has no float16 arithmetic: use bfloat16 or float32')
+        if name == 'auto':
+            gain = _linear_seconds(torch.float32, *shape) / _linear_seconds(torch.bfloat16, *shape)
+            why = f'a Linear is {gain:.1f}x as fast in bfloat16 as in float32'
+            return ('bfloat16' if gain >= 1.2 else 'float32'), why
+    elif name == 'auto':
+        return 'float32', 'the default on this device'
+    elif name == 'float16':
+        raise InputError(f'dtype=float16 needs loss scaling, which {device.type} has not: use bfloat16 or float32')
+    return name, 'as asked'
+
+
+def cpu_has_float16():
+    cpu = devices.cpu_capabilities()
+    return bool(cpu.get('avx512_fp16') or cpu.get('amx_fp16') or cpu.get('architecture') == 'aarch64')
+
+
+def has_float8(device):
+    """Whether torch casts to its 8-bit floats there, also when it compiles."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 9) or torch.__version__ >= '2.13'
+    return device.type == 'cpu'
+
+
+def cpu_has_int8():
+    """Whether torch multiplies int8 by this CPU's own instructions; without them it is a plain loop."""
+    return bool(devices.cpu_capabilities().get('avx512_vnni'))
+
+
+def find_attn_backend(name, device, dtype, block_size, shape=None):
+    """
+    (a backend, why) for 'auto', or for a name that is checked. On a CPU two plain matmuls and a softmax beat torch's
+    flash kernel, whose small inner products run at a fraction of the matmul rate, until the (T, T) scores cost more
+    (T=1024, in float32 T=512). On a GPU, in 16 bits, the fastest forward and backward with a `shape` of (B, H, T, hd);
+    without one torch chooses. Raises InputError.
+    """
+    if name not in ('auto', 'sdpa', 'math', *GPU_ATTENTION):
+        raise InputError(f'attn_backend={name!r} is not known: use auto, sdpa, math, {" or ".join(GPU_ATTENTION)}')
+    if name in GPU_ATTENTION and (device.type != 'cuda' or dtype == 'float32'):
+        raise InputError(f'attn_backend={name} is for a GPU, in bfloat16 or float16: use auto')
+    if name != 'auto':
+        return name, 'as asked'
+    if device.type == 'cpu':
+        return ('math' if block_size <= (512 if dtype == 'float32' else 1024) else 'sdpa'), 'by length'
+    if device.type != 'cuda' or dtype == 'float32' or shape is None:
+        return 'sdpa', "torch's choice"
+    found = {}
+    for kernel in GPU_ATTENTION:
+        with contextlib.suppress(RuntimeError):  # not on this GPU, or not for this shape
+            found[kernel] = _attention_seconds(kernel, device, devices.DTYPES[dtype], shape)
+    if not found:
+        return 'sdpa', "torch's choice"
+    return min(found, key=found.get), ', '.join(f'{kernel} {1000 * s:.2f} ms' for kernel, s in found.items())
+
+
+def can_compile(device):
+    """(whether torch.compile pays and works here, why not). Compiles a small function on a GPU to find out."""
+    if device.type != 'cuda':
+        return False, f'on {device.type} it gains little and takes a minute'
+    if sys.platform == 'win32':
+        return False, 'no Triton on Windows'
+    try:
+        x = torch.ones(32, 32, device=device)
+        torch.compile(lambda t: (t @ t).relu().sum())(x)
+    except Exception as e:
+        return False, f'{type(e).__name__}: {str(e).splitlines()[0][:100]}'
+    return True, ''
+
+
+def _linear_seconds(dtype, rows, n_in, n_out):
+    x = torch.ones(min(rows, 512), n_in, requires_grad=True)
+    w = torch.ones(n_out, n_in, requires_grad=True)
+
+    def run():
+        y = F.linear(x.to(dtype), w.to(dtype))  # the casts are part of the price
+        y.backward(y.detach())
+    return clock.shortest_seconds(run, torch.device('cpu'))
+
+
+def _attention_seconds(kernel, device, dtype, shape):
+    """Raises RuntimeError where torch has it not."""
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+
+    def run():
+        with sdpa_kernel(GPU_ATTENTION[kernel]):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(y, (q, k, v), y.detach())
+    return clock.shortest_seconds(run, device, budget=0.1)
