@@ -254,8 +254,8 @@ def test_every_recipe_has_its_rows_of_keys_that_train_has():
     (['--suite=matmul', '--tokens=0'], 'tokens=0'), (['--suite=matmul', '--widths=0'], "widths='0' must be"),
     (['--suite=matmul', '--widths=64,wide'], "widths='64,wide' must be"),
     (['--suite=matmul', '--recipes=fp8,int9'], "'int9' is not known: use int8"),
-    (['--suite=by_format', '--recipes=float33', *TRAIN], "'float33' is not known: use float32"),
-    (['--suite=by_format', '--dataset=nothere'], 'no data in data/nothere'),
+    (['--suite=formats', '--recipes=float33', *TRAIN], "'float33' is not known: use float32"),
+    (['--suite=formats', '--dataset=nothere'], 'no data in data/nothere'),
     (['--suite=gpu', f'--peer={ROOT}', '--device=cpu'], 'this suite is for a GPU'),
     (['--suite=gpu', f'--peer={ROOT}', '--small=True', '--n_layer=3'], 'n_layer: this suite sets')])
 def test_bad_input(project, run_bench, argv, message):

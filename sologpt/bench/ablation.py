@@ -36,7 +36,7 @@ def measure(config, train_args, picture):
                 out_dir = os.path.join(folder, 'out')
                 options = changes | {'out_dir': out_dir, 'seed': seed, 'sample_tokens': 0}
                 process.own('train.py', [*train_args, *process.flags(options)])
-                runs[name].append(runs.read_run(out_dir, name))
+                runs[name].append(read_run(out_dir, name))
             print(f'seed {seed} of {config["runs"]}', flush=True)
     rows = {name: _row(found) for name, found in runs.items()}
     base = rows['the recipe']

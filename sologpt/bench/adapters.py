@@ -28,7 +28,7 @@ from sologpt.bench.matmul import choose
 from sologpt.files import checkpoint
 from sologpt.machine import choices, clock, devices
 from sologpt.matmuls.attention import ATTENTION
-from sologpt.training import runs
+from sologpt.training.runs import read_run
 
 BASE = 'full'
 ROWS = {  # name -> train.py's keys; what they leave out is as the config has it
@@ -81,7 +81,7 @@ def _train(name, train_args, keys):
     """The run; its header also has file_bytes, the size of what is used afterwards."""
     with tempfile.TemporaryDirectory() as out_dir:
         process.own('train.py', [*train_args, *process.flags(RESET | ROWS[name] | keys | {'out_dir': out_dir})])
-        run = runs.read_run(out_dir, name)
+        run = read_run(out_dir, name)
         path = os.path.join(out_dir, adapter_files.WEIGHTS)
         run.header['file_bytes'] = os.path.getsize(path) if os.path.exists(path) else 4 * run.header['parameters']
         return run

@@ -10,7 +10,7 @@ from sologpt.bench import process
 from sologpt.bench.matmul import GREY, choose, plain_dtypes
 from sologpt.machine import devices
 from sologpt.matmuls.recipes import NAMES
-from sologpt.training import runs
+from sologpt.training.runs import read_run
 
 BASE = 'float32'
 PATH = re.compile(r'^matmuls of the blocks: (?:\w+, )?([^;\n]*)', re.M)  # a line of train.py's header
@@ -52,7 +52,7 @@ def _train(name, train_args, changes):
     with tempfile.TemporaryDirectory() as out_dir:
         options = changes | {'out_dir': out_dir, 'sample_tokens': 0}
         printed = process.own('train.py', [*train_args, *process.flags(options)])
-        return runs.read_run(out_dir, name), PATH.search(printed)[1]
+        return read_run(out_dir, name), PATH.search(printed)[1]
 
 
 def _row(found, found_base):

@@ -28,7 +28,7 @@ from sologpt.machine import choices, clock, devices, peaks
 from sologpt.tokens import corpus
 from sologpt.tokens.sources import Source, installed_code
 from sologpt.tokens.tokenizer import GPT2_EOT, Bytes
-from sologpt.training import runs
+from sologpt.training.runs import read_run
 
 # keys that both trainers have: GPT-2 124M, its tokens per step a multiple of many micro-batches
 STEP = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, gradient_accumulation_steps=4,
@@ -143,7 +143,7 @@ def train_peer(session, keys):
     keys = _of_peer(session, keys) | UNTIMED | {'eval_iters': 0}
     session.note('nanoGPT', 'train.py', keys)
     printed, _ = process.run(session.peer, 'train.py', [hook, *process.flags(keys)])
-    run = runs.read_run(session.file('peer.log', printed), 'nanoGPT')
+    run = read_run(session.file('peer.log', printed), 'nanoGPT')
     ms = run.get('time_ms')
     return {'ms_per_step': ms, 'tokens_per_s': 1000 * run.header['tokens_per_iter'] / ms,
             'memory_gb': int(_last(r'^most memory (\d+)$', printed)) / 1e9}
@@ -170,7 +170,7 @@ def train(session, keys):
     keys = _of_own(session, keys) | UNTIMED | {'eval_iters': 1}
     session.note('here', 'train.py', keys)
     process.own('train.py', process.flags(keys))
-    run = runs.read_run(keys['out_dir'], 'here')
+    run = read_run(keys['out_dir'], 'here')
     return {'ms_per_step': run.get('time_ms'), 'tokens_per_s': run.get('tokens_per_s'), 'mfu': run.get('mfu'),
             'memory_gb': max(step['memory_gb'] for step in run.steps),
             **{key: run.header[key] for key in ('flops_per_token', 'peak_flops', 'peak_source', 'parameters')}}
@@ -248,7 +248,7 @@ def race_here(session, keys):
         raise InputError("the token files are others than nanoGPT's were: --restart=True measures both")
     session.note('here', 'train.py config/train_fineweb_124m.py', keys)
     process.own('train.py', [os.path.join(process.ROOT, 'config', 'train_fineweb_124m.py'), *process.flags(keys)])
-    run = runs.read_run(keys['out_dir'], 'here')
+    run = read_run(keys['out_dir'], 'here')
     return race.figures(theirs['peer'], run, theirs['target_val_loss'], theirs['target_is']) | {
         'curve': run.curve('seconds')}
 

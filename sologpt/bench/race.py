@@ -18,7 +18,7 @@ import configurator
 from configurator import InputError
 from sologpt.bench import process
 from sologpt.tokens import data_folder
-from sologpt.training import runs
+from sologpt.training.runs import read_run
 
 TRAIN = os.path.join(process.ROOT, 'train.py')
 SHAPE = ('n_layer', 'n_embd', 'block_size')
@@ -39,7 +39,7 @@ def measure(config, train_args, picture):
             there, here = (os.path.join(folder, f'{who} {seed}') for who in ('peer', 'here'))
             theirs = train_peer(peer, peer_args, data, seed, there)
             process.own('train.py', [*train_args, *process.flags({'dataset': data, 'out_dir': here, 'seed': seed})])
-            ours = runs.read_run(here, 'here')
+            ours = read_run(here, 'here')
             same = {key: ours.config[key] for key in ('eval_iters', 'batch_size', 'device')}
             races.append(figures(peer_figures(theirs), ours, *target(theirs, same, data, there)))
             _show(seed, races[-1])
@@ -85,7 +85,7 @@ def train_peer(peer, peer_args, data, seed, out_dir):
                                         *process.flags({'dataset': data, 'out_dir': out_dir})])
     with open(f'{out_dir}.log', 'w', encoding='utf-8') as f:
         f.write(printed)
-    theirs = runs.read_run(f'{out_dir}.log', 'peer')
+    theirs = read_run(f'{out_dir}.log', 'peer')
     if not theirs.evals:
         raise InputError('the peer printed no line `step N: train loss ..., val loss ...`')
     return theirs

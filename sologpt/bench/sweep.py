@@ -12,7 +12,7 @@ import torch
 from configurator import InputError
 from sologpt.bench import process
 from sologpt.machine import devices
-from sologpt.training import runs
+from sologpt.training.runs import read_run
 
 
 def measure(config, train_args, picture):
@@ -39,7 +39,7 @@ def measure(config, train_args, picture):
                     raise
                 print(f'{batch_size:>10} {step // (batch_size * block_size):>12}  out of GPU memory')
                 break
-            rows.append(_row(runs.read_run(out_dir, ''), batch_size))
+            rows.append(_row(read_run(out_dir, ''), batch_size))
             _show(rows[-1])
             if _next_would_not_fit(rows):
                 print(f'{2 * batch_size:>10} would not fit into the memory of this machine')
