@@ -5,6 +5,7 @@ import statistics
 import tempfile
 
 from sologpt.bench import process
+from sologpt.training.runs import read_run
 
 # what takes each part's place; AdamW at the best learning rate of those tried on config/speedrun_cpu.py (1e-3 to 1e-2)
 REPLACED = {
