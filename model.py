@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from configurator import InputError
-from sologpt.files import checkpoint
+from sologpt.files.checkpoint import load_weights
 from sologpt.files.models import read_model
 from sologpt.inference import generation
 from sologpt.inference.contexts import Context, Documents, KVCache
@@ -62,7 +62,7 @@ class GPTConfig:
     loss_chunk: int | None = None  # tokens in a piece of the cross-entropy; None: by vocab_size; 0: all at once
     attn_backend: str = 'sdpa'  # a name in ATTENTION
     checkpoint_activations: bool | str = False  # a key of RECOMPUTE
-    document_eot: int | None = None  # the id that begins a document, outside of which a token sees nothing; None: none
+    document_eot: int | None = None  # the id that begins a document; tokens see only their own; None: no documents
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
@@ -369,7 +369,7 @@ class GPT(nn.Module):
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor], source: str) -> 'GPT':
         """A model with copies of these weights. Raises InputError, which names `source`, if they do not fit."""
         model = cls.skeleton(config)
-        checkpoint.load_weights(model, weights, source)
+        load_weights(model, weights, source)
         return model
 
     @classmethod

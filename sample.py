@@ -10,49 +10,54 @@ import codecs
 import os
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
 from configurator import InputError, configure
-from model import GPT
-from sologpt.adapters import adapter_files
-from sologpt.adapters.adapters import merge
+from model import GPT, GPTConfig
+from sologpt.adapters.adapter import merge, put_adapter
+from sologpt.adapters.arithmetic import low_rank_matrices
 from sologpt.adapters.bank import Bank
-from sologpt.files import checkpoint
+from sologpt.adapters.base import load_base
+from sologpt.adapters.peft_files import CONFIG, read_adapter
+from sologpt.files.checkpoint import find_checkpoint
+from sologpt.files.models import read_model
 from sologpt.inference.compiled_step import CompiledStep
 from sologpt.inference.generation import lists_of
 from sologpt.machine import choices, devices
-from sologpt.matmuls.attention import ATTENTION
-from sologpt.matmuls.formats import Sparse24
-from sologpt.matmuls.held import decode_base, hold_for_matmuls
-from sologpt.matmuls.recipe_linear import convert, layers
+from sologpt.matmuls.held import decode_base, hold_all_linears_in
+from sologpt.matmuls.recipe_linear import block_linears, convert
+from sologpt.matmuls.sparse24 import Sparse24
+from sologpt.matmuls.spec import parse_matmul
 from sologpt.matmuls.ternary import pack_ternary
 from sologpt.tokens import data_folder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model
-init_from = 'resume'  # 'resume' (out_dir), 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json
-# ... and model.safetensors
-out_dir = 'out'  # its best.pt if there is one, else its ckpt.pt; of a run that trained an adapter, that with its base
-adapter = ''  # the folder of an adapter, peft's or a run's out_dir; the model is its base, if nothing else is given
-adapters = ''  # several, separated by commas, low-rank ones: each row of the batch takes one of them
-adapter_ids = ''  # which, row by row: 1,1,2 for the first, the first and the second, 0 for the base; '': in turn
+init_from = 'resume'  # 'resume' (out_dir), a model of the hub such as 'gpt2', or a folder with config.json and
+# ... model.safetensors
+out_dir = 'out'  # a run's folder: its best.pt if there is one, else its ckpt.pt; an adapter is loaded with its base
+adapter = ''  # the folder of an adapter, one of peft's or a run's out_dir; the model is its base, unless init_from or
+# ... out_dir names another
+adapters = ''  # folders of several low-rank adapters, separated by commas: each row of the batch takes one of them
+adapter_ids = ''  # the adapter of each row: 1,1,2 for the first, the first and the second, 0 for the base; '': in turn
 dataset = ''  # take the tokenizer of data/<dataset>; '': the checkpoint's own
 # text
 start = '\n'  # the text to continue, or FILE:path
-num_samples = 10  # drawn as one batch
+num_samples = 10  # how many continuations, drawn as one batch
 max_new_tokens = 500  # in each sample
-temperature = 0.8  # 0: always the likeliest token; 1: as the model has it; above: more random
+temperature = 0.8  # 0: always the likeliest token; 1: the model's own probabilities; above 1: more random
 top_k = 200  # draw among the k likeliest tokens; 0: all
 top_p = 1.0  # draw among the likeliest tokens that together have this probability
-window_step: int | None = None  # beyond block_size, by how many tokens the context moves at once: 1 computes it anew
-# ... for every token, as nanoGPT does; None: 1 if the output is greedy, else block_size / 8, several times faster
+window_step: int | None = None  # beyond block_size, the context moves by this many tokens at once: 1 computes it anew
+# ... for every token, as nanoGPT does; None: 1 if the text is greedy, else block_size / 8, several times faster
 seed = 1337
 # machine
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
-compile: bool | str = 'auto'  # torch.compile the step from one token to the next, and on a GPU replay it as a CUDA
-# ... graph, which takes a minute at first; 'auto': on a GPU where it works, from 10,000 new tokens on
+compile: bool | str = 'auto'  # compile the step from one token to the next, and on a GPU replay it as a CUDA graph; it
+# ... takes a minute at first; 'auto': on a GPU where it works, from 10,000 new tokens on
 # ----------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals())
 
@@ -61,119 +66,160 @@ for key in ('num_samples', 'max_new_tokens'):
         raise InputError(f'{key}={config[key]} must be at least 1')
 if temperature < 0 or not 0 < top_p <= 1:
     raise InputError(f'temperature={temperature} must be at least 0, and top_p={top_p} in (0, 1]')
-device = devices.find_device(device)
-devices.prepare(device)
-
-# model and tokenizer
 if adapter and adapters:
     raise InputError('adapter and adapters are both given: name all of them in adapters, or one in adapter')
 if adapter_ids and not adapters:
     raise InputError('adapter_ids are numbers of adapters: give those')
-folders = [folder.strip() for folder in adapters.split(',')] if adapters else [adapter] if adapter else []
-source = init_from  # of the model, or of the adapters' base; None: as they say
-if init_from != 'resume':
-    if 'out_dir' in given and not folders:
-        folders = [out_dir]
-elif not folders and os.path.exists(os.path.join(out_dir, adapter_files.CONFIG)):
-    folders, source = [out_dir], None
-elif folders and 'out_dir' not in given:
-    source = None
-else:
-    exported = os.path.isfile(os.path.join(out_dir, 'config.json'))
-    source = checkpoint.find(out_dir) or (out_dir if exported else os.path.join(out_dir, 'ckpt.pt'))
-if folders:
-    loaded = [adapter_files.read(folder) for folder in folders]
-    model, saved = adapter_files.load_base(loaded, source)
-    source = source or loaded[0].base
-else:
-    model, saved = GPT.from_checkpoint(source, dropout=0.0)
-text, recipe = data_folder.of_model(saved, dataset, model.config, source), saved.get('matmul', '')
-if adapters:
-    low_rank = [adapter_files.low_rank(model.config, *of_one) for of_one in zip(loaded, folders, strict=True)]
-elif folders:
-    adapter_files.put_to(model, loaded[0], folders[0])
-    if loaded[0].config.method in ('lora', 'dora', 'vera'):  # no slower than the base
-        merge(model)
-decode_base(model)
-model.eval().to(device)
-dtype, _ = choices.find_dtype(dtype, device, (model.config.block_size, model.config.n_embd, 4 * model.config.n_embd))
-attn_backend, _ = choices.find_attn_backend('auto', device, dtype, model.config.block_size)
-for block in model.transformer.h:
-    block.attn.attend = ATTENTION[attn_backend]
-if recipe == 'ternary':
-    convert(model, recipe, dtype, model.config.block_size, saved['config']['matmul_keep_last'])
-    packed, before = pack_ternary(model)
-    print(f'ternary weights: {packed / 1e6:.1f} MB, {before / 1e6:.1f} MB in bfloat16', file=sys.stderr)
-elif recipe == 'sparse24':
-    for layer in layers(model, saved['config']['matmul_keep_last'] or 0):
-        layer.weight.data *= Sparse24().mask(layer.weight)
-names = [''] * num_samples
-if adapters:
-    if adapter_ids:
-        try:
-            ids = [int(number) for number in adapter_ids.split(',')]
-        except ValueError:
-            ids = [-1]
-        if not all(0 <= number <= len(folders) for number in ids):
-            raise InputError(f'adapter_ids={adapter_ids!r} must be numbers from 0 to {len(folders)}, with commas '
-                             f'between')
-        if 'num_samples' in given and num_samples != len(ids):
-            raise InputError(f'num_samples={num_samples}, but adapter_ids has {len(ids)} rows: leave one of them out')
-    else:
-        rows = num_samples if 'num_samples' in given else len(folders)
-        ids = [1 + row % len(folders) for row in range(rows)]
-    num_samples, names = len(ids), [f'[{(["the base"] + folders)[number]}]\n' for number in ids]
-    bank = Bank(model, low_rank, devices.DTYPES[dtype])
-    bank.select(ids)
-hold_for_matmuls(model, dtype)
-if compile == 'auto':
-    compile = max_new_tokens >= 10_000 and choices.can_compile(device)[0]
-elif isinstance(compile, str):
+if isinstance(compile, str) and compile != 'auto':
     raise InputError(f'compile={compile!r} must be auto, True or False')
-step = CompiledStep(model) if compile else None
 
-# prompt
-if start.startswith('FILE:'):
+
+def find_origin():
+    """(where the model lies, the folders of adapters). None: the model is the base that the first adapter names."""
+    folders = [folder.strip() for folder in adapters.split(',')] if adapters else [adapter] if adapter else []
+    if init_from != 'resume':
+        return init_from, folders or ([out_dir] if 'out_dir' in given else [])
+    if not folders and os.path.exists(os.path.join(out_dir, CONFIG)):
+        return None, [out_dir]
+    if folders and 'out_dir' not in given:
+        return None, folders
+    exported = os.path.isfile(os.path.join(out_dir, 'config.json'))
+    return find_checkpoint(out_dir) or (out_dir if exported else os.path.join(out_dir, 'ckpt.pt')), folders
+
+
+def load_model(source, loaded, place):
+    """(the model or the base of the `loaded` adapters, what else its checkpoint holds, the dtype of matmuls)."""
+    model_args, weights, saved = read_model(source)
+    gpt = GPTConfig.from_saved(model_args, dropout=0.0)
+    found, _ = choices.find_dtype(dtype, place, (gpt.block_size, gpt.n_embd, 4 * gpt.n_embd))
+    attn_backend, _ = choices.find_attn_backend('auto', place, found, gpt.block_size)
+    if loaded:
+        return *load_base(loaded, source, attn_backend=attn_backend), found
+    saved.pop('optimizer', None)  # it would keep the file open
+    return GPT.from_weights(replace(gpt, attn_backend=attn_backend), weights, source), saved, found
+
+
+def follow_recipe(model, matmul, dtype):
+    """Let the Linears compute as they did in training, if the recipe is part of the model. matmul: the spec's text."""
+    spec = parse_matmul(matmul)
+    if spec is None:
+        return
+    if spec.name == 'ternary':
+        convert(model, spec, dtype, model.config.block_size, model.lm_head.weight.device)
+        packed, before = pack_ternary(model)
+        print(f'ternary weights: {packed / 1e6:.1f} MB, {before / 1e6:.1f} MB in bfloat16', file=sys.stderr)
+    elif spec.name == 'sparse24':
+        for layer in block_linears(model, spec.resolved(model.config.n_layer).keep_last):
+            layer.weight.data *= Sparse24().mask(layer.weight)
+
+
+def choose_adapters(n_adapters):
+    """The number of each row's adapter: adapter_ids, or 1, 2, ... in turn."""
+    if not adapter_ids:
+        rows = num_samples if 'num_samples' in given else n_adapters
+        return [1 + row % n_adapters for row in range(rows)]
+    try:
+        numbers = [int(number) for number in adapter_ids.split(',')]
+    except ValueError:
+        numbers = [-1]
+    if not all(0 <= number <= n_adapters for number in numbers):
+        raise InputError(f'adapter_ids={adapter_ids!r} must be numbers from 0 to {n_adapters}, with commas between')
+    if 'num_samples' in given and num_samples != len(numbers):
+        raise InputError(f'num_samples={num_samples}, but adapter_ids has {len(numbers)} rows: leave one of them out')
+    return numbers
+
+
+def read_start(start):
+    """The text to continue: `start` itself, or the content of the file in FILE:path."""
+    if not start.startswith('FILE:'):
+        return start
     try:
         with open(start[5:], encoding='utf-8') as f:
-            start = f.read()
+            return f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f'start={start}: {e}') from None
-ids = text.encode(start) or ([text.eot] if text.eot is not None else [])
-if not ids:
-    raise InputError('start is empty, and this tokenizer has no token to begin a text with: give at least a character')
-prompt = torch.tensor([ids], device=device).expand(num_samples, -1)
-greedy = temperature == 0 or top_k == 1
-context = model.config.block_size - model.n_virtual
-if window_step is None:
-    window_step = 1 if greedy else max(1, context // 8)
-if not 1 <= window_step <= context:
-    raise InputError(f'window_step={window_step} must be from 1 to block_size={context}')
 
-# draw: all samples in one batch, of which the first streams to the terminal
-generator = torch.Generator(device).manual_seed(seed)
-decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a token may end inside a character
-print(names[0] + start, end='', flush=True)
-new = []
-with devices.autocast(device, dtype):
-    if compile:  # before the clock starts
-        list(model.stream(prompt, 1, temperature=0, window_step=window_step, step=step))
-    began = time.perf_counter()
-    drawing = model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, window_step, generator, step)
-    for tokens in lists_of(drawing):
-        new.append(tokens)
-        if tokens[0] != text.eot:
-            print(decoder.decode(text.to_bytes(tokens[:1])), end='', flush=True)
-        if all(token == text.eot for token in tokens):
+
+def draw_first_to_terminal(drawing, text):
+    """
+    The ids of all rows, a list for each step, until `drawing` or the last text ends. The first row is printed as it is
+    drawn.
+    """
+    drawn = []
+    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a token may end inside a character
+    for ids in lists_of(drawing):
+        drawn.append(ids)
+        if ids[0] != text.eot:
+            print(decoder.decode(text.to_bytes(ids[:1])), end='', flush=True)
+        if all(token == text.eot for token in ids):
             break
+    drawing.close()
+    print(decoder.decode(b'', final=True))
+    return drawn
+
+
+# the model and its tokenizer
+place = devices.find_device(device)
+devices.prepare_device(place)
+source, folders = find_origin()
+loaded = [read_adapter(folder) for folder in folders]
+source = source or loaded[0].base
+if not source:
+    raise InputError(f'{folders[0]} does not say where its base is: give its name or folder as init_from')
+model, saved, matmul_dtype = load_model(source, loaded, place)
+text = data_folder.tokenizer_of_model(saved, dataset, model.config.vocab_size, source)
+model.config.n_ids = min(model.config.n_ids, text.vocab_size)  # the other ids are padding
+
+# adapters: one becomes part of the model, of several each row of the batch has its own
+if adapters:
+    low_rank = [low_rank_matrices(model.config, *of_one) for of_one in zip(loaded, folders, strict=True)]
+elif loaded:
+    put_adapter(model, loaded[0], folders[0])
+    if loaded[0].config.cls.mergeable:  # then it is as fast as its base
+        merge(model)
+decode_base(model)
+model.eval().to(place)
+follow_recipe(model, saved.get('matmul', ''), matmul_dtype)
+rows, names = num_samples, [''] * num_samples
+if adapters:
+    numbers = choose_adapters(len(folders))
+    rows, names = len(numbers), [f'[{(["the base"] + folders)[number]}]\n' for number in numbers]
+    Bank(model, low_rank, devices.DTYPES[matmul_dtype]).select(numbers)
+hold_all_linears_in(model, matmul_dtype)
+compiles = max_new_tokens >= 10_000 and choices.can_compile(place)[0] if compile == 'auto' else compile
+step = CompiledStep(model) if compiles else None
+
+# the prompt
+prompt_text = read_start(start)
+prompt_ids = text.encode(prompt_text) or ([text.eot] if text.eot is not None else [])
+if not prompt_ids:
+    raise InputError('start is empty, and this tokenizer has no token to begin a text with: give at least a character')
+prompt = torch.tensor([prompt_ids], device=place).expand(rows, -1)
+context = model.config.block_size - model.n_virtual
+greedy = temperature == 0 or top_k == 1
+moves_by = window_step if window_step is not None else 1 if greedy else max(1, context // 8)
+if not 1 <= moves_by <= context:
+    raise InputError(f'window_step={moves_by} must be from 1 to block_size={context}')
+
+# draw all samples in one batch; the first one streams to the terminal
+generator = torch.Generator(place).manual_seed(seed)
+print(names[0] + prompt_text, end='', flush=True)
+with devices.autocast(place, matmul_dtype):
+    if step:  # it compiles before the clock starts
+        list(model.stream(prompt, 1, temperature=0, window_step=moves_by, step=step))
+    began = time.perf_counter()
+    drawing = model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, moves_by, generator, step)
+    drawn = draw_first_to_terminal(drawing, text)
 seconds = time.perf_counter() - began
-print(decoder.decode(b'', final=True))
+
+# print the other samples, and the speed
 print('---------------')
-for name, row in zip(names[1:], list(zip(*new, strict=True))[1:], strict=True):
-    row = row[:row.index(text.eot)] if text.eot in row else row
-    print(name + start + text.decode(row))
+for name, ids in zip(names[1:], list(zip(*drawn, strict=True))[1:], strict=True):
+    ids = ids[:ids.index(text.eot)] if text.eot in ids else ids
+    print(name + prompt_text + text.decode(ids))
     print('---------------')
-drawn = len(new) * num_samples
-beyond = f'; beyond {context} tokens the context moves {window_step} at a time' * (len(ids) + len(new) > context)
-compiled = f'; compiled in {step.seconds:.0f} s' if compile else ''
-print(f'{drawn:,} tokens in {seconds:.2f} s: {drawn / seconds:.0f} tok/s ({dtype}){beyond}{compiled}', file=sys.stderr)
+n = len(drawn) * rows
+is_beyond = len(prompt_ids) + len(drawn) > context
+beyond = f'; beyond {context} tokens the context moves {moves_by} at a time' if is_beyond else ''
+compiled = f'; compiled in {step.seconds:.0f} s' if step else ''
+print(f'{n:,} tokens in {seconds:.2f} s: {n / seconds:.0f} tok/s ({matmul_dtype}){beyond}{compiled}', file=sys.stderr)

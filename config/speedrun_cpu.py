@@ -22,10 +22,9 @@ n_head = 2
 n_embd = 128
 smear = True
 
-optimizer = 'muon'
+optimizer = 'muon:4'
 muon_lr = 0.045
 muon_momentum = 0.85  # constant: a longer memory than the run is no help
-muon_iterations = 4
 learning_rate = 1e-2  # of the head and the gate, by AdamW
 embd_lr = 2e-3
 weight_decay = 0.0
@@ -33,5 +32,4 @@ grad_clip = 0.0
 
 max_iters = 130
 warmup_iters = 0
-schedule = 'wsd'
-decay_part = 0.8
+schedule = 'wsd:0.8'

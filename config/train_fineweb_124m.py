@@ -39,5 +39,4 @@ grad_clip = 0.0
 
 max_iters = 3250
 warmup_iters = 0
-schedule = 'wsd'
-decay_part = 0.7
+schedule = 'wsd:0.7'

@@ -37,5 +37,4 @@ grad_clip = 0.0
 
 max_iters = 1500
 warmup_iters = 0
-schedule = 'wsd'
-decay_part = 0.7
+schedule = 'wsd:0.7'

@@ -22,10 +22,9 @@ n_layer = 4
 n_head = 6
 n_embd = 384
 
-optimizer = 'muon'
+optimizer = 'muon:4'
 muon_lr = 0.03
 muon_momentum = 0.9
-muon_iterations = 4
 learning_rate = 1e-2
 embd_lr = 2e-3
 weight_decay = 0.0
@@ -33,5 +32,4 @@ grad_clip = 0.0
 
 max_iters = 1200
 warmup_iters = 0
-schedule = 'wsd'
-decay_part = 0.7
+schedule = 'wsd:0.7'

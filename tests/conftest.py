@@ -99,3 +99,18 @@ def project(tmp_path, monkeypatch):
     ids = (np.arange(3000) * 7 % 40 + 60 + rng.integers(0, 2, 3000)).astype(int)
     write_tokens(tmp_path / 'data' / 'tiny', ids[:2500], ids[2500:])
     return Project(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def hf(tmp_path_factory):
+    """A folder with a GPT-2 in Hugging Face's format, all of whose weights are random."""
+    import torch
+    transformers = pytest.importorskip('transformers')
+    folder, generator = tmp_path_factory.mktemp('gpt2'), torch.Generator().manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=33, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=None))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.4)
+    model.save_pretrained(folder)
+    return str(folder)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -12,16 +13,41 @@ import pytest
 import torch
 from conftest import ROOT, TINY, options
 
-import model
 from configurator import InputError, resolve
 from model import GPTConfig
-from sologpt.adapters import adapters
-from sologpt.bench import ablation, data, export, formats, gpu, gpu_rows, plan, process, sweep
+from sologpt.adapters.methods import METHODS
+from sologpt.bench import (
+    ablation,
+    adapter_finetuning,
+    adapter_rows,
+    adapter_serving,
+    data,
+    export,
+    formats,
+    gpu,
+    gpu_measurements,
+    gpu_rows,
+    gpu_session,
+    plan,
+    process,
+    sweep,
+)
 from sologpt.bench import adapters as adapters_suite
 from sologpt.bench import matmul as matmul_suite
+from sologpt.bench.rows import (
+    LOSS_COLUMNS,
+    Column,
+    Comparison,
+    choose_rows,
+    cost_figures,
+    final_losses,
+    loss_figures,
+    print_rows,
+)
 from sologpt.machine import clock
 from sologpt.matmuls import recipes
-from sologpt.tokens import corpus, data_folder, tokenizer
+from sologpt.matmuls.spec import parse_matmul
+from sologpt.tokens import data_folder, readers, tokenizer
 from sologpt.training import runs
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
@@ -47,7 +73,7 @@ for i in range(50):
 @pytest.fixture
 def run_bench(project, monkeypatch):
     """bench.py in this process, its scripts too; returns (the figures, what it printed)."""
-    monkeypatch.setattr(process, 'own', lambda script, args: project._in_process(script, args)[1])
+    monkeypatch.setattr(process, 'run_own', lambda script, args: project._in_process(script, args)[1])
 
     def run(*argv):
         _, out = project._in_process('bench.py', [*argv, '--dest=figures.json'])
@@ -80,7 +106,7 @@ def test_race_to_the_loss_that_nanogpt_prints(project, run_bench):
 
 
 def test_race_on_the_same_tokens_where_the_peers_checkpoint_can_be_loaded(project, run_bench, monkeypatch):
-    monkeypatch.setattr(process, 'run', lambda folder, script, args: (project._in_process(script, args)[1], 0.0))
+    monkeypatch.setattr(process, 'run_script', lambda folder, script, args: (project._in_process(script, args)[1], 0.0))
     peer_args = ' '.join([*TRAIN, '--max_iters=4', '--learning_rate=0', '--min_lr=0', '--eval_iters=1'])
     measured, _ = run_bench('--suite=race', f'--peer={ROOT}', f'--peer_args={peer_args}', '--runs=1',
                             *TRAIN, '--seed=1')
@@ -109,17 +135,17 @@ def test_sweep_keeps_the_step_and_stops_at_its_end(project, run_bench):
 
 
 def test_sweep_stops_where_the_memory_ends(project, run_bench, monkeypatch):
-    train = process.own
+    train = process.run_own
 
     def small(script, args):
         if '--batch_size=4' in args[len(TRAIN):]:
             raise InputError('train.py: out of GPU memory with batch_size=4')
         return train(script, args)
-    monkeypatch.setattr(process, 'own', small)
+    monkeypatch.setattr(process, 'run_own', small)
     measured, out = run_bench('--suite=sweep', '--steps=1', *TRAIN, '--gradient_accumulation_steps=4')
     assert [row['batch_size'] for row in measured['figures']['rows']] == [1, 2] and 'out of GPU memory' in out
     rows = [{'memory_gb': 1e6}, {'memory_gb': 2e6}]  # four petabytes next
-    assert sweep._next_would_not_fit(rows) and not sweep._next_would_not_fit(rows[:1])
+    assert sweep.next_would_not_fit(rows) and not sweep.next_would_not_fit(rows[:1])
 
 
 def test_ablation_is_over_the_same_seeds(project, run_bench, monkeypatch):
@@ -207,14 +233,14 @@ def test_crossover_is_where_a_recipe_stays_faster(ratios, width):
 
 
 def test_formats_are_over_the_same_seeds_and_go_on_after_a_failure(project, run_bench, monkeypatch):
-    train, calls = process.own, []
+    train, calls = process.run_own, []
 
     def fails_with_fp8(script, args):
         calls.append(args)
         if '--matmul=fp8' in args:
             raise InputError('loss is nan\n  in: train.py')
         return train(script, args)
-    monkeypatch.setattr(process, 'own', fails_with_fp8)
+    monkeypatch.setattr(process, 'run_own', fails_with_fp8)
     monkeypatch.setattr(clock, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, which every run measures
     measured, out = run_bench('--suite=formats', '--runs=2', '--recipes=fp8,mxfp4,mxfp4 backward only', *TRAIN)
     rows = measured['figures']
@@ -236,16 +262,71 @@ def test_formats_are_over_the_same_seeds_and_go_on_after_a_failure(project, run_
 
 
 def test_every_recipe_has_its_rows_of_keys_that_train_has():
-    train, _ = resolve(f'{ROOT}/train.py', [])
-    linears, by_format = matmul_suite._rows(['float32'], train), formats._rows(torch.device('cpu'))
+    linears, by_format = matmul_suite.make_rows(('float32',)), formats.make_rows(torch.device('cpu'))
+    assert matmul_suite.make_rows((), 'fp8:fast_accum=False')['fp8'] == {'matmul': 'fp8:fast_accum=False'}
     for rows in (linears, by_format):
-        assert {row['matmul'] for row in rows.values() if 'matmul' in row} == set(recipes.NAMES)
+        for row in rows.values():
+            parse_matmul(row.get('matmul', ''))
+        assert {row['matmul'].partition(':')[0] for row in rows.values() if 'matmul' in row} == set(recipes.NAMES)
     for changes in by_format.values():
         resolve(f'{ROOT}/train.py', options(changes))
 
 
+def test_a_comparison_goes_on_after_a_row_has_failed(capsys):
+    def train(name, seed):
+        if name == 'b' and seed == 2:
+            raise InputError('loss is nan\n  in: train.py')
+        steps = [{'iter': i, 'loss': 2.0, 'time_ms': 10.0 * seed, 'memory_gb': 1.0} for i in range(4)]
+        loss = {'base': 3.0, 'a': 2.5, 'b': 0.0}[name] + seed
+        return runs.Run(name, {'dtype': 'float32', 'tokens_per_iter': 100}, steps, [{'iter': 4, 'val_loss': loss}])
+
+    def figures(of_row, of_base):
+        losses = final_losses(of_row), final_losses(of_base)
+        return loss_figures(*losses) | cost_figures(of_row, of_base)
+    comparison = Comparison('base', train)
+    comparison.train_all(['base', 'a', 'b'], range(1, 4))
+    assert list(comparison.runs['b']) == [(1,)]  # not again with seed 3
+    found = comparison.rows(['base', 'a', 'b'], figures)
+    assert found['b'] == {'failed': 'loss is nan'}
+    assert found['a'] == {
+        'val_loss': [3.5, 4.5, 5.5], 'mean': 4.5, 'spread': 1.0, 'difference': -0.5, 'ms_per_step': 20.0,
+        'tokens_per_s': 5000.0, 'speed_ratio': 1.0, 'memory_gb': 1.0, 'dtype': 'float32'}
+    print_rows(found, [*LOSS_COLUMNS, Column('s', lambda row: f'{row["ms_per_step"] / 1000:g}')])
+    head, base, a, b = capsys.readouterr().out.splitlines()[3:]
+    assert head.split() == ['val', 'loss', 'spread', 'difference', 's'] and len(base) == len(a) == len(head)
+    assert a.split() == ['a', '4.5000', '1.0000', '-0.5000', '0.02'] and b.split(maxsplit=1)[1] == 'failed: loss is nan'
+    with pytest.raises(InputError, match='loss is nan'):  # there is nothing to compare with
+        Comparison('b', train).train('b', 2)
+
+
+def test_a_part_of_the_rows_is_chosen():
+    of_all = {'base': {}, 'strassen 1': {'matmul': 'strassen:1'}, 'strassen 2': {'matmul': 'strassen:2'},
+              'pruned': {'prune': '0.5'}}
+    assert choose_rows(of_all, '', ['base']) == of_all
+    assert list(choose_rows(of_all, 'pruned', ['base'])) == ['base', 'pruned']
+    assert list(choose_rows(of_all, 'strassen', [])) == ['strassen 1', 'strassen 2']
+    assert list(choose_rows(of_all, 'strassen 2', [])) == ['strassen 2']
+
+
+def test_without_matplotlib_the_figures_are_still_written(project, run_bench, monkeypatch):
+    for name in [n for n in sys.modules if n.split('.')[0] == 'matplotlib'] + ['matplotlib']:
+        monkeypatch.setitem(sys.modules, name, None)
+    measured, out = run_bench('--suite=sweep', '--steps=1', *TRAIN)
+    assert measured['figures']['rows'] and 'matplotlib is not installed' in out
+    assert not (project.folder / 'figures.png').exists()
+
+
+@pytest.mark.parametrize('options, expected', [
+    (['--batch_size=4', '--block_size=16', '--gradient_accumulation_steps=3'], 192),
+    (['--batch_size=2', '--block_size=16'], 2 * 16 * 40), (['--batch_size=auto', '--total_batch_size=64'], 64),
+    (['--gradient_accumulation_steps=3', '--total_batch_size=64'], 64),
+    (['--total_batch_size=64', '--gradient_accumulation_steps=3', '--batch_size=2', '--block_size=8'], 48)])
+def test_the_tokens_of_a_step_follow_from_the_config(options, expected):
+    assert sweep.tokens_of_step(*process.resolve_train(options))[0] == expected
+
+
 @pytest.mark.parametrize('argv, message', [
-    (['--suite=rase'], "suite='rase': use"), (['--suite=race'], "peer='': give the folder"),
+    (['--suite=rase'], "suite='rase': use --suite= with"), (['--suite=race'], "peer='': give the folder"),
     (['--suite=race', f'--peer={ROOT}'], 'no config for this trainer'),
     (['--suite=race', f'--peer={ROOT}', '--dataset=nothere'], "dataset='nothere'"),
     (['--suite=sweep', '--steps=0'], 'steps=0'), (['--suite=sweep', '--n_layers=3', *TRAIN], "did you mean 'n_layer'"),
@@ -264,16 +345,16 @@ def test_bad_input(project, run_bench, argv, message):
 
 
 FINETUNE = options({k: v for k, v in TINY.items() if k not in ('out_dir', 'n_layer', 'n_head', 'n_embd', 'block_size')}
-                   | dict(init_from='base', block_size=12, adapter='lora', adapter_r=2, num_virtual_tokens=4))
+                   | dict(init_from='base', block_size=12, adapter='lora', adapter_r=2))
 
 
 def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench, monkeypatch):
     project.train(out_dir='base', max_iters=30, eval_interval=30)
-    monkeypatch.setattr(adapters_suite, 'RATES', {'full': (1e-3, 1e-2), 'lora': (1e-1, 3e-1), 'dora': (1e-2,)})
+    monkeypatch.setattr(adapter_finetuning, 'RATES', {'full': (1e-3, 1e-2), 'lora': (1e-1, 3e-1), 'dora': (1e-2,)})
     monkeypatch.setattr(adapters_suite, 'SHAPE', adapters_suite.SHAPE | dict(n_layer=2, n_head=2, n_embd=32,
                                                                              vocab_size=256, block_size=96))
-    monkeypatch.setattr(adapters_suite, 'DECODED', 3)
-    train = process.own
+    monkeypatch.setattr(adapter_serving, 'DECODED', 3)
+    train = process.run_own
 
     def own(script, args):
         if '--adapter=dora' in args:
@@ -281,7 +362,7 @@ def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench,
         if '--learning_rate=0.3' in args:
             raise InputError('the loss or its gradient is not finite at iter 2: stopped')
         return train(script, args)
-    monkeypatch.setattr(process, 'own', own)
+    monkeypatch.setattr(process, 'run_own', own)
     measured, out = run_bench('--suite=adapters', '--runs=2', '--steps=2', '--recipes=lora,dora', *FINETUNE)
     figures = measured['figures']
 
@@ -317,7 +398,7 @@ def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench,
         assert found['lora']['training_bytes'] == 4 * found['lora']['parameters'] + 12 * found['lora']['trained']
     assert steps['lora']['speed_ratio'] == steps['full']['ms_per_step'] / steps['lora']['ms_per_step']
     # the base has as many positions more as there are virtual tokens
-    assert steps['lora']['parameters'] - steps['lora']['trained'] == steps['full']['parameters'] + 4 * 32
+    assert steps['lora']['parameters'] - steps['lora']['trained'] == steps['full']['parameters'] + 16 * 32
 
     served = figures['serving']
     assert list(served['dtypes']) == ['float32'] and served['load_s'] > 0
@@ -328,13 +409,13 @@ def test_adapters_at_their_best_rates_beside_full_finetuning(project, run_bench,
 
 
 def test_every_adapter_is_measured_by_keys_that_train_has():
-    rows = adapters_suite.ROWS
-    assert {row['adapter'] for row in rows.values()} == {'', *adapters.METHODS}
-    assert rows.keys() == adapters_suite.RATES.keys()
+    rows = adapter_rows.ROWS
+    assert {row['adapter'] for row in rows.values()} == {'', *METHODS}
+    assert rows.keys() == adapter_finetuning.RATES.keys()
     for row in rows.values():
-        config, _ = resolve(f'{ROOT}/train.py', options(adapters_suite.RESET | row))
+        config, _ = resolve(f'{ROOT}/train.py', options(adapter_rows.RESET | row))
         assert config['adapter'] == row['adapter'] and config['base_format'] == row.get('base_format', 'float32')
-    assert all(a < b for rates in adapters_suite.RATES.values() for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a < b for rates in adapter_finetuning.RATES.values() for a, b in zip(rates, rates[1:], strict=False))
 
 
 def test_adapters_need_a_base(run_bench):
@@ -375,8 +456,7 @@ def test_data(run_bench, monkeypatch, tmp_path):
             getattr(data, function)(*args)
         return out.getvalue(), time.perf_counter() - start, 10 ** 6
     monkeypatch.setattr(data, '_run', run)
-    monkeypatch.setattr(corpus, 'LONGEST', 5000)
-    monkeypatch.setattr(data.sources, 'LONGEST', 5000)  # or the one long text would be one document
+    monkeypatch.setattr(readers, 'LONGEST', 5000)  # or the one long text would be one document
     measured, out = run_bench('--suite=data', f'--tokenizer={tmp_path}/bytes.tiktoken', '--gigabytes=0.0005',
                               '--runs=1')
     both, parquet, text, *steps, sdpa, math = measured['figures']
@@ -438,26 +518,24 @@ def run_gpu(project, run_bench, monkeypatch):
     (project.folder / 'peer').mkdir()
     (project.folder / 'peer' / 'train.py').write_text(PEER_TRAIN)
     (project.folder / 'peer' / 'sample.py').write_text(PEER_SAMPLE)
-    monkeypatch.setattr(model.GPT, 'stream', model.GPT.stream)  # what the rows' config files change is put back
-    monkeypatch.setattr(torch, 'compile', torch.compile)
 
-    def child(session, call, module='gpu_rows'):
+    def child(session, module, call):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             eval(call, vars(importlib.import_module(f'sologpt.bench.{module}')).copy())
         return json.loads(out.getvalue().splitlines()[-1])
-    monkeypatch.setattr(gpu_rows.Session, 'child', child)
-    every = {(row.part, row.name): row for row in gpu.rows()}
+    monkeypatch.setattr(gpu_session.Session, 'child', child)
+    every = {(row.part, row.name): row for row in gpu_rows.list_rows()}
 
     def run(names, *argv):
         rows = [name if isinstance(name, gpu.Row) else every[name] for name in names]
-        monkeypatch.setattr(gpu, 'rows', lambda: rows)
+        monkeypatch.setattr(gpu, 'list_rows', lambda: rows)
         measured, out = run_bench(*GPU, *argv)
         return measured['figures'], out
     return run
 
 
 def test_gpu_beside_nanogpt(project, run_gpu):
-    refused = gpu.Row('memory', 'refused', 1, gpu_rows.train, gpu_rows.STEP | {'n_layers': 3})
+    refused = gpu.Row('memory', 'refused', 1, gpu_measurements.train, gpu_session.STEP | {'n_layers': 3})
     figures, out = run_gpu([refused, *(('training_step', f'{who}, round {n}') for n in (1, 2)
                                        for who in ('nanoGPT', 'here')),
                             ('memory', 'LoRA'), ('race', 'nanoGPT'), ('race', 'here, 35 % of the tokens'),
@@ -492,7 +570,7 @@ def test_gpu_beside_nanogpt(project, run_gpu):
 
 
 def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
-    monkeypatch.setattr(gpu, 'facts', lambda session, keys: {'name': 'a card'})
+    monkeypatch.setattr(gpu, 'read_card', lambda session, keys: {'name': 'a card'})
     calls = []
 
     def run(name, fails=None):
@@ -531,9 +609,9 @@ def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
 
 
 def test_the_gpus_rows_have_keys_that_train_has():
-    rows = gpu.rows()
+    rows = gpu_rows.list_rows()
     assert len({(row.part, row.name) for row in rows}) == len(rows)
-    own = [row for row in rows if row.run in (gpu_rows.train, gpu_rows.by_number)]
+    own = [row for row in rows if row.measure in (gpu_measurements.train, gpu_measurements.train_by_number)]
     for row in own:
         resolve(f'{ROOT}/train.py', options(row.keys))
 
@@ -542,13 +620,14 @@ def test_the_gpus_text_is_in_files_that_nanogpt_reads(tmp_path, monkeypatch):
     (tmp_path / 'packages').mkdir()
     for i in range(50):
         (tmp_path / 'packages' / f'{i}.py').write_text(f'{i:03d}\n' * 100)
-    monkeypatch.setattr(gpu_rows, 'installed_code', lambda: [str(p) for p in sorted((tmp_path / 'packages').iterdir())])
+    packages = [str(p) for p in sorted((tmp_path / 'packages').iterdir())]
+    monkeypatch.setattr(gpu_session, 'installed_code', lambda: packages)
     for tokens in (5000, 10 ** 6):  # some of them, and all
         folder = tmp_path / str(tokens)
-        gpu_rows.prepare_code(str(folder), tokens)
+        gpu_session.prepare_code(str(folder), tokens)
         sizes = [(folder / f'{split}.bin').stat().st_size // 2 for split in ('train', 'val')]
         assert sizes[0] == 5000 if tokens == 5000 else 45 * 400 < sum(sizes) <= 50 * 401
-        assert data_folder.paths_of(str(folder), 'train') == [str(folder / 'train.bin')]
+        assert data_folder.token_files(str(folder), 'train') == [str(folder / 'train.bin')]
 
 
 def test_what_nvidia_smi_says(tmp_path, monkeypatch):
@@ -557,12 +636,12 @@ def test_what_nvidia_smi_says(tmp_path, monkeypatch):
                    'echo "GPU-12, 580.1, 1980, 1980, 3201, 690.10, 700.00, 61"\n')
     smi.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}', prepend=':')
-    found = gpu_rows.nvidia_smi(SimpleNamespace(uuid='12'))
+    found = gpu_measurements.read_nvidia_smi(SimpleNamespace(uuid='12'))
     assert found['clocks.sm'] == '1980' and found['temperature.gpu'] == '61' and 'uuid' not in found
-    assert gpu_rows.nvidia_smi(SimpleNamespace(uuid='13')) == {}
+    assert gpu_measurements.read_nvidia_smi(SimpleNamespace(uuid='13')) == {}
     smi.unlink()
     monkeypatch.setenv('PATH', f'{tmp_path}')
-    assert gpu_rows.nvidia_smi(SimpleNamespace(uuid='12')) == {}
+    assert gpu_measurements.read_nvidia_smi(SimpleNamespace(uuid='12')) == {}
 
 
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no process groups')
@@ -581,7 +660,7 @@ time.sleep(600)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), process.time_limit(60):
-        process.run(None, str(script), [])
+        process.run_script(None, str(script), [])
     with open(lock, 'w') as f:
         for _ in range(500):
             with contextlib.suppress(BlockingIOError):
@@ -591,7 +670,7 @@ time.sleep(600)
         else:
             raise AssertionError('the other process still runs')
     with pytest.raises(InputError, match='not done after 0 s'), process.time_limit(0):
-        process.run(None, str(script), [])
+        process.run_script(None, str(script), [])
 
 
 def test_plan_without_data_or_weights(project, run_bench, monkeypatch):

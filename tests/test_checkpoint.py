@@ -1,4 +1,3 @@
-import json
 import os
 import pickle
 
@@ -7,7 +6,7 @@ import torch
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from sologpt.files import checkpoint
+from sologpt.files.checkpoint import load_weights, read_checkpoint, save_checkpoint
 
 CONFIG = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
 
@@ -18,23 +17,23 @@ def content(**more):
 
 
 def test_newest_and_best(tmp_path):
-    checkpoint.save(tmp_path, content(), best=True)
-    checkpoint.save(tmp_path, content(iter_num=9), best=False)
-    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 9
-    assert checkpoint.load(tmp_path / 'best.pt')['iter_num'] == 5
+    save_checkpoint(tmp_path, content(), best=True)
+    save_checkpoint(tmp_path, content(iter_num=9), best=False)
+    assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 9
+    assert read_checkpoint(tmp_path / 'best.pt')['iter_num'] == 5
     assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
 
 
 def test_a_failed_save_leaves_the_old_one_whole(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, content(), best=True)
+    save_checkpoint(tmp_path, content(), best=True)
 
     def half(obj, f):
         f.write(b'half')
         raise OSError('disk full')
     monkeypatch.setattr(torch, 'save', half)
     with pytest.raises(InputError, match='disk full'):
-        checkpoint.save(tmp_path, content(iter_num=9), best=True)
-    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 5
+        save_checkpoint(tmp_path, content(iter_num=9), best=True)
+    assert read_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] == 5
     assert sorted(os.listdir(tmp_path)) == ['best.pt', 'ckpt.pt']
 
 
@@ -47,10 +46,10 @@ def test_a_save_that_was_killed_between_its_renames(tmp_path, monkeypatch):
         replace(source, target)
     monkeypatch.setattr(os, 'replace', killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, content(), best=True)
+        save_checkpoint(tmp_path, content(), best=True)
     monkeypatch.setattr(os, 'replace', replace)
-    checkpoint.save(tmp_path, content(iter_num=9), best=False)
-    assert checkpoint.load(tmp_path / 'best.pt')['iter_num'] == 5  # and not overwritten through its other name
+    save_checkpoint(tmp_path, content(iter_num=9), best=False)
+    assert read_checkpoint(tmp_path / 'best.pt')['iter_num'] == 5  # and not overwritten through its other name
 
 
 def test_nanogpts_compiled_names_and_masks(tmp_path):
@@ -58,7 +57,7 @@ def test_nanogpts_compiled_names_and_masks(tmp_path):
     theirs = {f'_orig_mod.{k}': v for k, v in saved['model'].items()}
     theirs['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 8, 8).tril()
     torch.save(saved | {'model': theirs}, tmp_path / 'ckpt.pt')
-    assert checkpoint.load(tmp_path / 'ckpt.pt')['model'].keys() == saved['model'].keys()
+    assert read_checkpoint(tmp_path / 'ckpt.pt')['model'].keys() == saved['model'].keys()
 
 
 class Evil:
@@ -91,37 +90,12 @@ def test_refused(tmp_path, monkeypatch, make, message):
     monkeypatch.chdir(tmp_path)
     make('ckpt.pt')
     with pytest.raises(InputError, match=message):
-        checkpoint.load('ckpt.pt')
+        read_checkpoint('ckpt.pt')
     assert not os.path.exists('ran')
 
 
 def test_weights_of_another_shape_are_named():
     with pytest.raises(InputError, match=r'wpe.weight has the shape \(8, 8\), this model needs \(16, 8\)'):
-        checkpoint.load_weights(GPT(GPTConfig(**CONFIG.to_save() | {'block_size': 16})), content()['model'], 'ckpt.pt')
+        load_weights(GPT(GPTConfig(**CONFIG.to_save() | {'block_size': 16})), content()['model'], 'ckpt.pt')
     with pytest.raises(InputError, match='missing from the file'):
-        checkpoint.load_weights(GPT(GPTConfig(**CONFIG.to_save() | {'n_layer': 2})), content()['model'], 'ckpt.pt')
-
-
-def test_out_dir_that_cannot_be_written(tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(InputError, match='cannot be written'):
-        checkpoint.check_writable(tmp_path / 'file' / 'out')
-
-
-def test_folder_that_is_no_model(tmp_path):
-    with pytest.raises(InputError, match='has no config.json'):
-        checkpoint.load_hf(str(tmp_path))
-    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2'}))
-    (tmp_path / 'model.safetensors').write_bytes(b'damaged')
-    with pytest.raises(InputError, match='damaged'):
-        checkpoint.load_hf(str(tmp_path))
-
-
-def test_hub_out_of_reach(monkeypatch):
-    import huggingface_hub
-
-    def get(repository, file):
-        raise ConnectionError(f'{repository} {file}')
-    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', get)
-    with pytest.raises(InputError, match='downloading config.json of openai-community/gpt2-xl failed'):
-        GPT.from_pretrained('gpt2-xl')
+        load_weights(GPT(GPTConfig(**CONFIG.to_save() | {'n_layer': 2})), content()['model'], 'ckpt.pt')

@@ -8,6 +8,7 @@ import torch
 
 from configurator import InputError
 from model import GPT, GPTConfig
+from sologpt.bench.pictures import moving_mean
 
 # Two published runs of 524,288 tokens per step. nanoGPT logs MFU of an A100's 312 TFLOP/s, whatever the GPU
 PAIR = {'small': dict(n_embd=384, n_head=6, batch_size=16, gradient_accumulation_steps=32, ms=3900.0, mfu=12.9,
@@ -175,10 +176,36 @@ def test_picture(compare, project):
     # a column of pixels is dark from top to bottom where a panel's left spine stands
     dark = (pixels[..., :3].max(-1) < 0.3).mean(0) > 0.7
     assert (np.diff(dark.astype(int)) == 1).sum() == 3
-    assert [len(legend.get_texts()) for legend in namespace['figure'].legends] == [2]
+    legend, = namespace['figure'].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        'small', 'large', 'validation (dots: too few evaluations for a line)', 'training, smoothed']
+    assert all(panel.get_title() for panel in panels) and panels[0].get_ylabel() == 'loss, nats per token'
     assert {panel.get_xscale() for panel in panels} == {'linear'}
     write_log(project.folder / 'long', PAIR['small'] | {'val': {i: 9.0 for i in range(0, 10001, 1000)}})
-    assert {p.get_xscale() for p in compare('large', 'long')[2]['figure'].axes} == {'log'}
+    panels = compare('large', 'long')[2]['figure'].axes
+    assert {p.get_xscale() for p in panels} == {'symlog'}
+    for panel in panels:  # step 0 is seen at the left
+        assert panel.get_xlim()[0] == 0 and panel.lines[-1].get_xdata()[0] == 0
+        assert np.isfinite(panel.transData.transform((0, 9.0))).all()
+
+
+def test_losses_of_different_tokenizers(compare, project):
+    write_log(project.folder / 'bytes', PAIR['small'], data={'vocab_size': 256, 'bytes_per_token': 1.0})
+    write_log(project.folder / 'bpe', PAIR['large'], data={'vocab_size': 50257, 'bytes_per_token': 4.0})
+    rows, out, namespace = compare('bytes', 'bpe')
+    assert rows['lowest val loss'] == ['4.4593', '5.5194'] and 'tokenizers differ: losses per token do not' in out
+    assert rows['lowest val loss, nats per byte'] == ['4.4593', f'{5.5194 / 4:.4f}']
+    panel = namespace['figure'].axes[0]
+    assert panel.get_ylabel() == 'loss, nats per byte' and list(panel.lines[3].get_ydata()) == [10.98 / 4, 5.5194 / 4]
+    write_log(project.folder / 'unknown', PAIR['large'], data={'vocab_size': 50257})
+    rows, out, namespace = compare('bytes', 'unknown')
+    assert 'losses per token do not compare\n' in out and 'lowest val loss, nats per byte' not in rows
+    assert 'do not compare' in namespace['figure'].axes[0].get_ylabel()
+
+
+def test_the_training_loss_is_smoothed_only_if_it_has_many_steps():
+    assert moving_mean([1.0, 2.0, 6.0], 1) == [1.0, 2.0, 6.0]
+    assert moving_mean([1.0, 2.0, 6.0, 4.0], 2) == [1.0, 1.5, 4.0, 5.0]
 
 
 def test_without_matplotlib_the_table_is_still_printed(compare, project, monkeypatch):

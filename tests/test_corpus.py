@@ -1,4 +1,3 @@
-import argparse
 import collections
 import errno
 import hashlib
@@ -6,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +19,9 @@ from conftest import ROOT
 from test_sources import parquet
 
 from configurator import InputError
-from sologpt.tokens import corpus, data_folder, sources, tokenizer
-from sologpt.tokens.corpus import Endings, FirstTokens, SomeDocuments
+from sologpt.tokens import blocks, corpus, data_folder, readers, sources, splits, tokenizer
 from sologpt.tokens.loader import Tokens, TrainBatches
+from sologpt.tokens.splits import Endings, FirstTokens, SomeDocuments
 
 CPU = torch.device('cpu')
 RNG = random.Random(7)
@@ -40,17 +40,18 @@ def small_bpe():
 def folder(tmp_path, monkeypatch):
     """The documents in three files of parquet, and small blocks, tasks and shards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpus, 'BLOCK', 9000)
-    monkeypatch.setattr(corpus, 'TASK', 1000)
+    monkeypatch.setattr(blocks, 'BLOCK', 9000)
+    monkeypatch.setattr(blocks, 'TASK', 1000)
     for i in range(3):
         parquet(tmp_path / 'src' / f'{i}.parquet', DOCUMENTS[i * 100:i * 100 + 100], row_group_size=30)
     return tmp_path
 
 
 def prepare(dest='data', split=None, source=None, **options):
-    source = source or sources.hub('src/*.parquet', name='three files')
-    corpus.prepare(dest, source, options.pop('tokenizer', None) or small_bpe(), split or FirstTokens(500),
-                   **{'shard': 1000} | options)
+    source = source or sources.hub_source('src/*.parquet', name='three files')
+    t, expected = options.pop('tokenizer', None) or small_bpe(), options.pop('expected', None)
+    corpus.prepare_corpus(dest, source, t, split or FirstTokens(500),
+                          corpus.Options(**{'shard_tokens': 1000} | options), expected)
     return content(dest)
 
 
@@ -75,7 +76,7 @@ def test_what_is_written(folder):
     ids, block, number = [], [], 0
     for i, document in enumerate(DOCUMENTS):
         block.append(document)
-        if sum(map(len, block)) + 100 * len(block) >= corpus.BLOCK or i == len(DOCUMENTS) - 1:
+        if sum(map(len, block)) + 100 * len(block) >= blocks.BLOCK or i == len(DOCUMENTS) - 1:
             order = np.random.default_rng((1337, number)).permutation(len(block))
             ids += [t.encode(block[j]) for j in order]
             block, number = [], number + 1
@@ -93,7 +94,8 @@ def test_what_is_written(folder):
         f'train_{last:03d}.bin': len(train) % 1000, 'val.bin': 500}
     meta = data_folder.read_meta('data')
     assert meta['tokens'] == {'train': len(train), 'val': 500} and meta['source'] == 'three files'
-    assert meta['vocab_size'] == 301 and tokenizer.from_dict(meta['tokenizer']).encode('the cat') == t.encode('the cat')
+    again = tokenizer.tokenizer_from_dict(meta['tokenizer'])
+    assert meta['vocab_size'] == 301 and again.encode('the cat') == t.encode('the cat')
     loaded = Tokens('data', 'train', meta, block_size=16)
     assert loaded.n_tokens == len(train) and loaded.n_windows > len(train) // 16 - 2 * last - 2
 
@@ -117,17 +119,17 @@ def crash_at(n, monkeypatch, *functions):
 
 
 def test_stopped_anywhere_it_ends_with_the_same_bytes(folder, monkeypatch):
-    source = sources.hub('src/[01].parquet')
-    whole = prepare(source=source.again(), shard=3000)
+    source = sources.hub_source('src/[01].parquet')
+    whole = prepare(source=source.again(), shard_tokens=3000)
     crashes = 0
     for n in itertools.count(step=3):
         dest = f'crash{n}'
         for again in range(3):  # and once more on the way, and once more
             with monkeypatch.context() as patch:
                 gone = crash_at(n + 5 * again, patch, (os, 'fsync'), (os, 'replace'), (os, 'remove'),
-                                (corpus, '_encode'))
+                                (blocks, 'encode_documents'))
                 try:
-                    prepare(dest, source=source.again(), shard=3000)
+                    prepare(dest, source=source.again(), shard_tokens=3000)
                     break
                 except gone:
                     crashes += 1
@@ -136,7 +138,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(folder, monkeypatch):
             assert Tokens(dest, 'val', ready, 16).n_tokens == 500
         if ready['tokens'].get('train'):
             assert Tokens(dest, 'train', ready, 16).n_tokens == ready['tokens']['train']
-        assert prepare(dest, source=source.again(), shard=3000) == whole, n
+        assert prepare(dest, source=source.again(), shard_tokens=3000) == whole, n
         with open(f'{dest}/meta.json', 'rb') as meta, open('data/meta.json', 'rb') as expected:
             assert meta.read() == expected.read()
         with open(f'{dest}/progress.json') as progress:
@@ -150,13 +152,13 @@ def test_killed_20_times(folder):
     """A process of its own, killed at any moment; the same call goes on."""
     with open('documents.jsonl', 'w', encoding='utf-8') as f:
         f.writelines(json.dumps({'text': d}) + '\n' for d in DOCUMENTS * 3)
-    script = ('import sys, time; from sologpt.tokens import corpus, sources, data_folder, tokenizer\n'
-              'corpus.BLOCK = 3000; corpus.TASK = 500\n'
+    script = ('import sys, time; from sologpt.tokens import blocks, corpus, sources, splits, tokenizer\n'
+              'blocks.BLOCK = 3000; blocks.TASK = 500\n'
               'encode = tokenizer.Bytes.encode_ordinary\n'
               'tokenizer.Bytes.encode_ordinary = lambda self, text: (time.sleep(0.002), encode(self, text))[1]\n'
               'print("begun", flush=True)\n'
-              'corpus.prepare(sys.argv[1], sources.find(["documents.jsonl"]), tokenizer.Bytes(), '
-              'corpus.SomeDocuments(0.1), shard=2000)')
+              'corpus.prepare_corpus(sys.argv[1], sources.find_source(["documents.jsonl"]), tokenizer.Bytes(), '
+              'splits.SomeDocuments(0.1), corpus.Options(shard_tokens=2000))')
     command = [sys.executable, '-c', script]
     environment = os.environ | {'PYTHONPATH': ROOT}
     start = time.perf_counter()
@@ -207,7 +209,7 @@ def test_a_training_run_beside_a_preparation_that_goes_on(folder):
 def test_what_was_finished_can_be_trained_on_while_more_is_added(folder, monkeypatch, n):
     prepare(tokens=1500)
     with monkeypatch.context() as patch:
-        gone = crash_at(n, patch, (os, 'fsync'), (os, 'replace'), (os, 'remove'), (corpus, '_encode'))
+        gone = crash_at(n, patch, (os, 'fsync'), (os, 'replace'), (os, 'remove'), (blocks, 'encode_documents'))
         with pytest.raises(gone):
             prepare(tokens=20000)
     assert Tokens('data', 'train', data_folder.read_meta('data'), 16).n_tokens >= 1500
@@ -239,16 +241,16 @@ def test_some_documents_for_validation(folder):
 def test_endings_for_validation_in_order(folder):
     for i in range(3):
         parquet(folder / 'src' / f'{i}.parquet', [c * 40 for c in 'abcdefgh'[i * 2:i * 2 + 2]])
-    files = prepare(split=corpus.by_number(sources.hub('src/*.parquet'), 0.1), tokenizer=tokenizer.Bytes())
+    files = prepare(split=splits.choose_split(sources.hub_source('src/*.parquet'), 0.1), tokenizer=tokenizer.Bytes())
     train, val = (tokens(files, split).astype(np.uint8).tobytes().decode() for split in ('train', 'val'))
     assert train == '\0'.join(c * 36 for c in 'abcdef') and val == '\0'.join(c * 4 for c in 'abcdef')
     assert list(files) == ['train.bin', 'val.bin']  # one file is named as nanoGPT has it
 
 
 def test_how_many_documents_decide(folder):
-    assert type(corpus.by_number(sources.hub('src/0.parquet'), 0.1)) is SomeDocuments
+    assert type(splits.choose_split(sources.hub_source('src/0.parquet'), 0.1)) is SomeDocuments
     parquet(folder / 'src' / '0.parquet', DOCUMENTS[:99])
-    assert type(corpus.by_number(sources.hub('src/0.parquet'), 0.1)) is Endings
+    assert type(splits.choose_split(sources.hub_source('src/0.parquet'), 0.1)) is Endings
 
 
 MIXED = ['Ça\r\n', '日本語 ' * 3, '\U0001F600 \x00\x0b', SPECIAL, ' \n\n ', '\ufeff', 'a' * 50]
@@ -263,7 +265,7 @@ def test_any_text_comes_back_exactly(folder, make):
     for text in MIXED:
         assert t.to_bytes(t.encode_ordinary(text).tolist()).decode() == text
         assert t.eot not in t.encode_ordinary(text) or t.eot == 0
-    files = prepare(source=sources.hub('src/0.parquet'), split=SomeDocuments(0.5), tokenizer=t)
+    files = prepare(source=sources.hub_source('src/0.parquet'), split=SomeDocuments(0.5), tokenizer=t)
     decoded = [t.to_bytes(tokens(files, split).tolist()).decode() for split in ('train', 'val')]
     assert sum(map(len, decoded)) == sum(map(len, MIXED)) + (
         0 if t.eot is None else (len(MIXED) - 2) * (1 if t.eot == 0 else len('<|endoftext|>')))
@@ -273,8 +275,8 @@ def test_any_text_comes_back_exactly(folder, make):
 def test_text_that_utf8_cannot_write_and_long_text(folder, monkeypatch):
     with open('half.jsonl', 'w') as f:
         f.write('{"text": "a\\ud83d b \\ud83d\\ude00"}\n{"text": ""}\n' + json.dumps({'text': 'one two\n' * 9}))
-    monkeypatch.setattr(corpus, 'LONGEST', 30)
-    files = prepare(source=sources.find(['half.jsonl']), split=Endings(0.01), tokenizer=tokenizer.Bytes())
+    monkeypatch.setattr(readers, 'LONGEST', 30)
+    files = prepare(source=sources.find_source(['half.jsonl']), split=Endings(0.01), tokenizer=tokenizer.Bytes())
     whole = tokens(files, 'train').astype(np.uint8).tobytes().decode().split('\0')
     assert whole[0] == 'a\ufffd b ' and [len(w) for w in whole[1:]] == [24 - 1, 24 - 1, 24 - 1]
 
@@ -282,7 +284,7 @@ def test_text_that_utf8_cannot_write_and_long_text(folder, monkeypatch):
 def test_large_vocabularies_take_4_bytes(folder):
     t = tokenizer.Chars([chr(0x20000 + i) for i in range(66000)])
     parquet(folder / 'src' / '0.parquet', [t.chars[-1] * 10, t.chars[0] * 10])
-    files = prepare(source=sources.hub('src/0.parquet'), split=Endings(0.5), tokenizer=t)
+    files = prepare(source=sources.hub_source('src/0.parquet'), split=Endings(0.5), tokenizer=t)
     assert data_folder.read_meta('data')['dtype'] == 'uint32'
     assert np.frombuffer(files['val.bin'], '<u4').tolist() == [65999] * 5 + [0] * 5
 
@@ -295,7 +297,7 @@ class Wrong(tokenizer.Bytes):
 def test_an_id_that_cannot_be(folder):
     """What was finished before it stays."""
     with pytest.raises(InputError, match='gave the id 256, but has only 256 ids'):
-        prepare(tokenizer=Wrong(), split=FirstTokens(10), shard=20)
+        prepare(tokenizer=Wrong(), split=FirstTokens(10), shard_tokens=20)
     kept = content('data')
     assert {'train_000.bin', 'train_001.bin', 'val.bin'} < kept.keys()
     meta = data_folder.read_meta('data')
@@ -328,7 +330,7 @@ def test_the_network_fails_for_good(folder, monkeypatch):
     whole = prepare('whole')
     monkeypatch.setattr(sources, 'PAUSES', (0, 0))
 
-    class Fails(sources.Rows):
+    class Fails(readers.Rows):
         left = 130
 
         def __init__(self, path, field, position):
@@ -342,7 +344,7 @@ def test_the_network_fails_for_good(folder, monkeypatch):
                 yield row
 
     def remote():
-        source = sources.hub('src/*.parquet', name='three files')
+        source = sources.hub_source('src/*.parquet', name='three files')
         return sources.Source(['hf://' + path for path in source.files], reader=Fails, name=source.name)
     with pytest.raises(InputError, match='three files cannot be reached .* run the same command again'):
         prepare(source=remote())
@@ -354,13 +356,13 @@ def test_the_network_fails_for_good(folder, monkeypatch):
 
 def test_files_of_the_hub_stay_those_of_the_beginning(folder, monkeypatch):
     def remote(revision):
-        source = sources.hub('src/*.parquet', name='three files')
+        source = sources.hub_source('src/*.parquet', name='three files')
         source.files = [f'hf://{revision}/{path}' for path in source.files]
         source.remote, source.reader = True, Pinned
         return source
     opened = []
 
-    class Pinned(sources.Rows):
+    class Pinned(readers.Rows):
         def __init__(self, path, field, position):
             opened.append(path.split('/')[2])
             super().__init__(path.split('/', 3)[3], field, position)
@@ -378,9 +380,9 @@ def test_refused(folder, monkeypatch):
     before = content('data')
     for change, message in (
             (dict(seed=2), 'data was prepared with other --seed: give the same, or --restart'),
-            (dict(shard=999), 'other --shard_tokens'), (dict(split=FirstTokens(501)), 'other --val_tokens'),
+            (dict(shard_tokens=999), 'other --shard_tokens'), (dict(split=FirstTokens(501)), 'other --val_tokens'),
             (dict(tokenizer=tokenizer.Bytes(), split=SomeDocuments(0.1)), 'other --tokenizer and --val'),
-            (dict(source=sources.hub('src/0.parquet')), 'other files')):
+            (dict(source=sources.hub_source('src/0.parquet')), 'other files')):
         with pytest.raises(InputError, match=message):
             prepare(**change)
     assert content('data') == before
@@ -395,7 +397,7 @@ def test_refused(folder, monkeypatch):
         prepare()
     prepare(restart=True, tokens=15000)
     os.truncate('data/train_000.bin', 100)
-    with pytest.raises(InputError, match='data has not the 15,000 tokens of train that were prepared'):
+    with pytest.raises(InputError, match='data no longer has the 15,000 tokens of train that were prepared'):
         prepare(tokens=15000)
     with open('data/progress.json', 'w') as f:
         f.write('{')
@@ -403,12 +405,12 @@ def test_refused(folder, monkeypatch):
         prepare()
     os.remove('data/progress.json')
     before = content('data')
-    with pytest.raises(InputError, match='data has data that was prepared otherwise'):
+    with pytest.raises(InputError, match='data has data that this script did not prepare'):
         prepare()
     assert content('data') == before
     parquet(folder / 'src' / 'empty.parquet', ['', None])
     with pytest.raises(InputError, match='none has no text for train and val: give more'):
-        prepare('none', source=sources.hub('src/empty.parquet', name='none'))
+        prepare('none', source=sources.hub_source('src/empty.parquet', name='none'))
     with pytest.raises(InputError, match='has no text for val: give more, or another --val, with --restart'):
         prepare('val', split=SomeDocuments(1e-9))
     with pytest.raises(InputError, match='has no text for train: give more, or another --val_tokens, with --restart'):
@@ -416,14 +418,15 @@ def test_refused(folder, monkeypatch):
     with open('bad.jsonl', 'w') as f:
         f.write('{')
     with pytest.raises(InputError, match='bad.jsonl, line 1 is no JSON'):
-        prepare('bad', source=sources.find(['bad.jsonl']))
+        prepare('bad', source=sources.find_source(['bad.jsonl']))
     prepare('bad')  # of other files, for nothing had been prepared
 
 
 def test_going_on_by_another_path(folder, capsys):
-    prepare(tokens=20000, source=sources.find(['src/0.parquet', 'src/1.parquet', 'src/2.parquet']))
+    prepare(tokens=20000, source=sources.find_source(['src/0.parquet', 'src/1.parquet', 'src/2.parquet']))
     capsys.readouterr()
-    again = sources.find(['./src/0.parquet', f'{os.getcwd()}/src/1.parquet', 'src/0.parquet', 'src/../src/2.parquet'])
+    again = sources.find_source(['./src/0.parquet', f'{os.getcwd()}/src/1.parquet', 'src/0.parquet',
+                                 'src/../src/2.parquet'])
     assert len(again.files) == 3
     prepare(source=again)
     assert 'data: going on after ' in capsys.readouterr().out
@@ -443,8 +446,8 @@ def test_a_file_that_is_gone(folder):
 def test_characters_of_text_that_utf8_cannot_write(folder):
     with open('half.jsonl', 'w') as f:
         f.write('{"text": "a\\ud83d b"}\n' * 20)
-    source = sources.find(['half.jsonl'])
-    t = corpus.named_tokenizer('chars', source)
+    source = sources.find_source(['half.jsonl'])
+    t = corpus.choose_tokenizer('chars', source)
     assert t.chars == sorted('a\ufffd b')
     files = prepare(source=source, tokenizer=t, split=Endings(0.5))
     assert t.decode(tokens(files, 'train').tolist()) == 'a\ufffd' * 20
@@ -454,9 +457,9 @@ def test_one_preparation_at_a_time(folder):
     import filelock
     os.makedirs('data')
     with filelock.FileLock('data/progress.lock'):
-        script = ('from sologpt.tokens import corpus, sources, data_folder, tokenizer\n'
-                  'corpus.prepare("data", sources.find(["src/0.parquet"]), '
-                  'tokenizer.Bytes(), corpus.SomeDocuments(0.1))')
+        script = ('from sologpt.tokens import corpus, sources, splits, tokenizer\n'
+                  'corpus.prepare_corpus("data", sources.find_source(["src/0.parquet"]), '
+                  'tokenizer.Bytes(), splits.SomeDocuments(0.1))')
         ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True,
                              env=os.environ | {'PYTHONPATH': ROOT})
     assert 'InputError: data is being prepared by another process' in ran.stderr
@@ -464,27 +467,39 @@ def test_one_preparation_at_a_time(folder):
 
 def test_write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    corpus.write('d', tokenizer.Bytes(), {'train': ['ab', 'c'], 'val': ['d']}, 'here')
+    corpus.write_texts('d', tokenizer.Bytes(), {'train': ['ab', 'c'], 'val': ['d']}, 'here')
     meta = data_folder.read_meta('d')
     assert np.fromfile('d/train.bin', '<u2').tolist() == [97, 98, 0, 99]  # documents parted by end of text
     assert meta['tokens'] == {'train': 4, 'val': 1} and meta['vocab_size'] == 256 and meta['source'] == 'here'
     before = content('d')
     with pytest.raises(InputError):
-        corpus.write('d', tokenizer.Chars('cd'), {'train': ['cc'], 'val': ['x']}, 'new')
+        corpus.write_texts('d', tokenizer.Chars('cd'), {'train': ['cc'], 'val': ['x']}, 'new')
     assert before == content('d') and data_folder.read_meta('d') == meta
 
 
 @pytest.mark.parametrize('text, number', [('5000', 5000), ('100M', 10 ** 8), ('1.5B', 1_500_000_000), ('2k', 2000),
                                           ('1T', 10 ** 12), ('2m', 2_000_000)])
 def test_count(text, number):
-    assert corpus.count(text) == number
+    assert splits.parse_count(text, 'tokens') == number
 
 
 @pytest.mark.parametrize('text', ['0', '-1', '1.5', '10x', '', 'all', '1e6'])
 def test_no_count(text):
-    with pytest.raises(argparse.ArgumentTypeError, match='write 5000, 100M or 1.5B'):
-        corpus.count(text)
+    with pytest.raises(InputError, match=f'--tokens={re.escape(text)} is no number .* write 5000, 100M or 1.5B'):
+        splits.parse_count(text, 'tokens')
+
+
+def test_options_are_checked():
+    options = corpus.Options('2k', '1.5M', 0, True)
+    assert (options.tokens, options.shard_tokens) == (2000, 1_500_000) and corpus.Options().tokens is None
+    for make, message in ((lambda: corpus.Options(seed=-1), '--seed=-1 must be'),
+                          (lambda: corpus.Options(shard_tokens='x'), '--shard_tokens=x is no number'),
+                          (lambda: FirstTokens(0), '--val_tokens=0 is no number'),
+                          (lambda: SomeDocuments(1.0), '--val=1 must be between 0 and 1'),
+                          (lambda: Endings(0.0), '--val=0 must be between')):
+        with pytest.raises(InputError, match=message):
+            make()
 
 
 def test_digest_is_of_the_text_alone():
-    assert corpus._digest('é') == int.from_bytes(hashlib.blake2b('é'.encode(), digest_size=8).digest(), 'little')
+    assert splits.digest('é') == int.from_bytes(hashlib.blake2b('é'.encode(), digest_size=8).digest(), 'little')

@@ -3,7 +3,8 @@ import re
 import pytest
 import torch
 import torch.nn as nn
-from test_adapters import ADAPTERS, IDX, adapted, base, low_rank
+from test_adapters import IDX, adapted, base
+from test_bank import ADAPTERS, low_rank
 from test_model import KINDS, uncached, varied
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -13,7 +14,7 @@ from sologpt.inference.compiled_step import CompiledStep
 from sologpt.inference.contexts import FixedCache
 from sologpt.inference.generation import Step, lists_of, sample
 from sologpt.machine.devices import autocast
-from sologpt.matmuls.held import hold_for_matmuls
+from sologpt.matmuls.held import hold_all_linears_in
 
 CPU = torch.device('cpu')
 
@@ -65,7 +66,7 @@ def test_drawing_is_as_by_multinomial():
     *((method, kind) for method in ('prompt', 'prefix') for kind in (dict(), dict(arch='modern', smear=True))),
     ('bottleneck', dict())])
 def test_adapters(method, kind):
-    m = adapted(base(**kind), method)
+    m = adapted(base(method=method, **kind), method)
     step, counter = compiled(m)
     for length in (1, 20):
         idx = torch.arange(2 * length).view(2, length) % 33
@@ -91,7 +92,7 @@ def test_adapters_of_rows_are_changed_without_compiling_again():
 def test_held_linears_multiply_as_under_autocast(kind):
     m, held = varied(**kind), varied(**kind)
     table, state = held.transformer.wte.weight, {name: p.clone() for name, p in held.named_parameters()}
-    hold_for_matmuls(held, 'bfloat16')
+    hold_all_linears_in(held, 'bfloat16')
     linears = [layer for layer in held.modules() if isinstance(layer, nn.Linear)]
     assert all(p.dtype == torch.bfloat16 for layer in linears for p in layer.parameters())
     assert held.transformer.wte.weight is table and torch.equal(table, state['transformer.wte.weight'])
@@ -104,7 +105,7 @@ def test_held_linears_multiply_as_under_autocast(kind):
 @pytest.mark.parametrize('kind', [dict(bias=True), *KINDS[1:]])
 def test_bfloat16_logits_are_near_those_of_the_growing_cache(kind):
     m = varied(**kind)
-    hold_for_matmuls(m, 'bfloat16')
+    hold_all_linears_in(m, 'bfloat16')
     idx, steps = torch.randint(33, (3, 12)), (Step(m), compiled(m)[0])
     with autocast(CPU, 'bfloat16'), torch.no_grad():
         for step in steps:
@@ -179,7 +180,7 @@ def test_sample_compiles_before_its_clock_starts(project, monkeypatch, capsys):
 @pytest.mark.parametrize('kind', [dict(bias=True), *KINDS[1:]])
 def test_a_replayed_graph_computes_what_the_model_does(kind, dtype):
     m = varied(**kind).cuda()
-    hold_for_matmuls(m, dtype)
+    hold_all_linears_in(m, dtype)
     idx, steps = torch.randint(33, (2, 16), device='cuda'), (Step(m), CompiledStep(m))
     with autocast(idx.device, dtype), torch.no_grad():
         for prompt in (5, 2):

@@ -5,8 +5,10 @@ from conftest import options, write_tokens
 
 from configurator import InputError
 from model import GPT
-from sologpt.adapters import adapter_files
-from sologpt.files import checkpoint
+from sologpt.adapters.adapter import put_adapter
+from sologpt.adapters.base import load_base
+from sologpt.adapters.peft_files import read_adapter
+from sologpt.files.checkpoint import read_checkpoint
 
 
 @pytest.fixture
@@ -33,10 +35,10 @@ def logits(model):
 
 def with_adapter(*folders):
     """Logits of the base with an adapter as it was trained, or the base alone."""
-    loaded = [adapter_files.read(folder) for folder in folders]
-    model = adapter_files.load_base(loaded)[0] if folders else GPT.from_checkpoint('base')[0]
+    loaded = [read_adapter(folder) for folder in folders]
+    model = load_base(loaded)[0] if folders else GPT.from_checkpoint('base')[0]
     for adapter, folder in zip(loaded, folders, strict=True):
-        adapter_files.put_to(model, adapter, folder)
+        put_adapter(model, adapter, folder)
     return logits(model)
 
 
@@ -55,7 +57,7 @@ def test_merged(tuned, name):
     with pytest.raises(InputError, match='another base than merged'):
         tuned.sample(adapter=name, out_dir='merged')
     tuned.export(to='merged', adapters=name, dest='half', dtype='bfloat16')
-    assert all(w.dtype == torch.bfloat16 for w in checkpoint.load('half/ckpt.pt')['model'].values())
+    assert all(w.dtype == torch.bfloat16 for w in read_checkpoint('half/ckpt.pt')['model'].values())
 
 
 def test_added_and_subtracted(tuned):
@@ -64,16 +66,29 @@ def test_added_and_subtracted(tuned):
     torch.testing.assert_close(logits(GPT.from_checkpoint('a-alone')[0]), with_adapter('a'), atol=1e-5, rtol=1e-5)
     tuned.export(to='merged', adapters='q', dest='q-merged')  # into NF4's decoded weights, which stay as they are
     tuned.export(to='merged', adapters='q', weights='-1', out_dir='q-merged', dest='q-base')
-    q_base = adapter_files.load_base([adapter_files.read('q')])[0]
+    q_base = load_base([read_adapter('q')])[0]
     torch.testing.assert_close(logits(GPT.from_checkpoint('q-base')[0]), logits(q_base), atol=1e-5, rtol=1e-5)
     tuned.export(to='peft', adapters='a,v,b', weights='1,0.5,-2', dest='stacked')
     tuned.export(to='merged', adapters='a,v,b', weights='1,0.5,-2', dest='merged')
     stacked, merged = with_adapter('stacked'), logits(GPT.from_checkpoint('merged')[0])
     torch.testing.assert_close(stacked, merged, atol=1e-5, rtol=1e-5)
-    assert adapter_files.read('stacked').config.r == 9
+    assert read_adapter('stacked').config.r == 9
     tuned.train(init_from='base', adapter_from='stacked', dataset='new', max_iters=1, out_dir='further')
     tuned.export(to='peft', adapters='d', dest='d-again')
     assert torch.equal(with_adapter('d-again'), with_adapter('d'))
+
+
+@pytest.mark.parametrize('method', ['prompt', 'prefix'])
+def test_virtual_tokens(tuned, method):
+    tuned.train(out_dir='p', adapter=method, adapter_r=3, init_from='base', dataset='new', block_size=12, max_iters=2)
+    assert f'{method}, 3 virtual tokens' in tuned.export(to='peft', adapters='p', dest='again')
+    found, expected = (read_adapter(folder) for folder in ('again', 'p'))
+    assert found.config == expected.config and found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in found.tensors.items())
+    for keys in (dict(to='merged', adapters='p'), dict(to='merged', adapters='a,p'), dict(to='merged', adapters='p,a'),
+                 dict(to='peft', adapters='a,p', weights='1,1')):
+        with pytest.raises(InputError, match='virtual tokens'):
+            tuned.export(dest='dest', **keys)
 
 
 def test_what_cannot_be_exported(tuned):

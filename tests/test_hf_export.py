@@ -19,8 +19,11 @@ from conftest import options, write_tokens
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from sologpt.adapters import adapter_files, adapters
-from sologpt.files import checkpoint
+from sologpt.adapters.adapter import Adapter, attach, model_class, put_adapter, tensors_of
+from sologpt.adapters.base import fingerprint, load_base
+from sologpt.adapters.config import AdapterConfig
+from sologpt.adapters.peft_files import read_adapter, write_adapter
+from sologpt.files.checkpoint import read_checkpoint, save_checkpoint
 from sologpt.tokens import tokenizer, tokenizer_files
 
 CODE = pathlib.Path(os.__file__).with_name('textwrap.py').read_text(encoding='utf-8')
@@ -66,7 +69,7 @@ def save_model(folder, text, padding=0, **changes):
         for p in model.parameters():
             p.normal_(std=0.3)
     os.makedirs(folder)
-    checkpoint.save(folder, {
+    save_checkpoint(folder, {
         'model': model.state_dict(), 'model_args': model.config.to_save(), 'iter_num': 7, 'tokens': 7000,
         'best_iter': 6, 'best_val_loss': 1.5, 'tokenizer': text.to_dict(), 'data': {'name': 'mine', 'source': 'a book'},
         'config': {'dataset': 'mine', 'learning_rate': 0.001}}, best=False)
@@ -159,7 +162,7 @@ def test_tokenizers(tmp_path, tokenizer_of, kind):
     text = mixed_text()
     assert len(text.encode()) >= 1_000_000
     ours = tokenizer.Chars(sorted(set(text))) if kind == 'chars' else tokenizer_of[kind]()
-    tokenizer_files.write_folder(tmp_path, ours, 32)
+    tokenizer_files.write_tokenizer(tmp_path, ours, 32)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = ours.encode(text)
     assert theirs(text)['input_ids'] == ids
@@ -170,9 +173,9 @@ def test_tokenizers(tmp_path, tokenizer_of, kind):
         assert theirs(f'a{end}b')['input_ids'] == ours.encode(f'a{end}b') == [*ours.encode('a'), ours.eot,
                                                                              *ours.encode('b')]
         assert theirs.decode([*ours.encode('a'), ours.eot], skip_special_tokens=True) == 'a'
-    described = tokenizer_files.read_folder(tmp_path)
-    assert described == ours.to_dict() or kind == 'tiktoken' and tokenizer.agree(described, ours.to_dict())
-    again = tokenizer.from_dict(json.loads(json.dumps(described)))
+    described = tokenizer_files.read_tokenizer(tmp_path)
+    assert described == ours.to_dict() or kind == 'tiktoken' and tokenizer.tokenizers_agree(described, ours.to_dict())
+    again = tokenizer.tokenizer_from_dict(json.loads(json.dumps(described)))
     assert again.encode(SCRIPTS) == ours.encode(SCRIPTS) and again.eot == ours.eot
     pieces = (again.to_bytes([i]) for i in again.encode(SCRIPTS))  # as sample.py streams them
     assert b''.join(pieces).decode() == SCRIPTS
@@ -180,17 +183,17 @@ def test_tokenizers(tmp_path, tokenizer_of, kind):
 
 def tune(name, base, method, seed, **options):
     """An adapter of random tensors in a folder, for the model in the folder `base`. Returns what its model computes."""
-    model = GPT.from_checkpoint(base)[0]
-    found = adapter_files.fingerprint(model)
-    adapters.attach(model, adapters.AdapterConfig(method, **options))
+    model = model_class(AdapterConfig(method)).from_checkpoint(base)[0]
+    found = fingerprint(model)
+    attach(model, AdapterConfig(method, **options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    tensors = {name: tensor.clone() for name, tensor in adapter_files.tensors_of(model).items()}
-    adapter = adapter_files.Adapter(adapters.AdapterConfig(method, **options), tensors, base, found)
-    adapter_files.write(name, adapter, model.config)
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    adapter = Adapter(AdapterConfig(method, **options), tensors, base, found)
+    write_adapter(name, adapter, model.config)
     return model.eval()
 
 
@@ -220,9 +223,9 @@ def test_adapters_beside(project, tokenizer_of, to, changes):
             exporter(project)(to='merged', adapters=name, out_dir='run', dest=f'merged-{name}')
             close(found, logits(GPT.from_checkpoint(f'merged-{name}')[0].eval(), ids)[..., :256])
         if to == 'hf' and 'arch' not in changes:  # GPT-2's own are read here as well
-            read = adapter_files.read(f'out/{name}')
-            model, _ = adapter_files.load_base([read])
-            adapter_files.put_to(model, read, name)
+            read = read_adapter(f'out/{name}')
+            model, _ = load_base([read])
+            put_adapter(model, read, name)
             with torch.no_grad():
                 close(model.eval().lm_head(model.hidden(ids)), expected)
 
@@ -259,8 +262,8 @@ def test_nanogpt(project, optimizer):
     assert ('with the moments' if optimizer == 'adamw' else 'without the moments') in out
     theirs = torch.load('nano/ckpt.pt', weights_only=True)
     assert theirs['model_args'].keys() == {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
-    assert theirs['iter_num'] == 6 and theirs['best_val_loss'] == trained['best_val_loss']
-    own = dict(trained['raw_model'].named_parameters())
+    assert theirs['iter_num'] == 6 and theirs['best_val_loss'] == trained['progress'].best_val_loss
+    own = dict(trained['model'].named_parameters())
     assert theirs['model'].keys() == {*own, 'lm_head.weight', 'transformer.wte.weight'}
     assert all(torch.equal(theirs['model'][name], p) for name, p in own.items())
     theirs_optimizer = nanogpts_optimizer(theirs['model_args'], {name: nn.Parameter(p.detach().clone())
@@ -273,8 +276,8 @@ def test_nanogpt(project, optimizer):
         # it goes on as the run itself would
         before = project.resume(max_iters=8)[0]
         after = project.train(init_from='resume', out_dir='nano', max_iters=8)[0]
-        for name, p in before['raw_model'].state_dict().items():
-            assert torch.equal(p, after['raw_model'].state_dict()[name]), name
+        for name, p in before['model'].state_dict().items():
+            assert torch.equal(p, after['model'].state_dict()[name]), name
     meta = pickle.loads(pathlib.Path('nano/meta.pkl').read_bytes())
     assert meta['vocab_size'] == 256 and meta['stoi']['a'] == 97 and meta['itos'][97] == 'a' and 200 in meta['itos']
 
@@ -301,7 +304,7 @@ def test_as_a_program(project, tokenizer_of, to, changes):
 
 
 def test_masked_weights_go_out_masked(project):
-    project.train(matmul='sparse24', matmul_until=1.0, max_iters=2)
+    project.train(matmul='sparse24:until=1.0', max_iters=2)
     greedy = dict(start='FMT', temperature=0)
     said = project.sample(**greedy)
     exporter(project)(to='hf', dest='hf')
@@ -313,6 +316,24 @@ def test_masked_weights_go_out_masked(project):
     assert said.encode().startswith(bytes(drawn[0].tolist()))
 
 
+def test_the_last_blocks_may_be_unmasked(project, tokenizer_of):
+    """The spec beside the weights says how many blocks are dense; once it is empty, all of them are."""
+    ours = save_model('run', tokenizer.Bytes())
+    saved = read_checkpoint('run/ckpt.pt')
+    for matmul, masked in (('sparse24:keep_last=1', [True, False]), ('sparse24', [True, True]), ('', [False, False])):
+        name = f'out-{matmul}'
+        save_checkpoint('run', saved | {'matmul': matmul}, best=False)
+        exporter(project)(to='hf', out_dir='run', dest=name)
+        read = GPT.from_pretrained(name)
+        for i in range(2):
+            weight, dense = (model.transformer.h[i].mlp.c_fc.weight for model in (read, ours))
+            assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all() == masked[i]
+            assert torch.equal(weight, dense) != masked[i]
+        greedy = dict(start='def x', temperature=0, num_samples=1, max_new_tokens=20, device='cpu', dtype='float32')
+        said = project.sample(out_dir='run', **greedy)
+        assert project._in_process('sample.py', options(greedy | dict(init_from=name)))[1] == said
+
+
 def test_trains_on_from_a_folder(project, tokenizer_of):
     """As from the checkpoint: also what goes over the weights in memory, which lie transposed in GPT-2's files."""
     project.train(out_dir='run', bias=True)
@@ -320,7 +341,7 @@ def test_trains_on_from_a_folder(project, tokenizer_of):
     assert all(p.is_contiguous() for p in GPT.from_pretrained('hf').parameters())
     for out_dir, source in (('a', 'run'), ('b', 'hf')):
         project.train(out_dir=out_dir, init_from=source, prune=0.5, max_iters=6)
-    one, other = (checkpoint.load(f'{out_dir}/ckpt.pt')['model'] for out_dir in 'ab')
+    one, other = (read_checkpoint(f'{out_dir}/ckpt.pt')['model'] for out_dir in 'ab')
     assert all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(InputError, match='out_dir=hf is the folder of the model'):
         project.train(out_dir='hf', init_from='hf')
@@ -333,14 +354,14 @@ def test_a_tokenizer_that_was_changed_afterwards(project, tokenizer_of):
     theirs = transformers.AutoTokenizer.from_pretrained('out')
     theirs.add_tokens(['<user>'])
     theirs.save_pretrained('out')
-    found = tokenizer.from_dict(tokenizer_files.read_folder('out'))
+    found = tokenizer.tokenizer_from_dict(tokenizer_files.read_tokenizer('out'))
     assert found.vocab_size == 257 and found.encode('a<user>') == theirs('a<user>')['input_ids'] == [97, 256]
 
 
 def test_onnx_in_bfloat16_is_written(project, tokenizer_of):
     save_model('run', tokenizer.Bytes())
     out = exporter(project)(to='onnx', out_dir='run', dest='out', dtype='bfloat16')
-    assert 'model.onnx in bfloat16; not checked, for onnxruntime cannot run it here' in out
+    assert 'model.onnx in bfloat16; not checked, because onnxruntime cannot run it here' in out
     assert os.listdir('out').count('model.onnx') == 1
 
 
@@ -377,14 +398,14 @@ def test_what_cannot_be_written(project, tokenizer_of):
     tune('w', 'run', 'bottleneck', 0)
     tune('a', 'run', 'lora', 0)
     write_tokens(project.folder / 'data' / 'chars', [0], [0], tokenizer={'kind': 'chars', 'chars': ['a']})
-    short = checkpoint.load('run/ckpt.pt')
+    short = read_checkpoint('run/ckpt.pt')
     short['model']['transformer.wpe.weight'] = short['model']['transformer.wpe.weight'][:9]
     os.makedirs('short')
-    checkpoint.save('short', short, best=False)
-    large = checkpoint.load('run/ckpt.pt')
+    save_checkpoint('short', short, best=False)
+    large = read_checkpoint('run/ckpt.pt')
     large['model']['transformer.ln_f.weight'][3] = 1e5
     os.makedirs('large')
-    checkpoint.save('large', large, best=False)
+    save_checkpoint('large', large, best=False)
     os.makedirs('deep')
     tune('deep/a', 'run', 'lora', 1)
     project.train(matmul='ternary', max_iters=1, out_dir='ternary')
@@ -394,7 +415,7 @@ def test_what_cannot_be_written(project, tokenizer_of):
             (dict(out_dir='modern', to='opt'), "norm='rmsnorm'.*OPTForCausalLM"),
             (dict(out_dir='modern', to='nanogpt'), "norm='rmsnorm', nanoGPT only 'layernorm'"),
             (dict(out_dir='ternary'), 'matmul=ternary'), (dict(out_dir='a'), 'a holds an adapter|no model|a is not a'),
-            (dict(adapters='w'), 'bottleneck, which peft has not'),
+            (dict(adapters='w'), 'bottleneck, which peft does not have'),
             (dict(adapters='a,deep/a'), 'two have one name'),
             (dict(adapters='a', weights='0.5'), 'use --to=merged first'),
             (dict(dest='run', out_dir='run'), 'dest=run is there already'),

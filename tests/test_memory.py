@@ -3,13 +3,19 @@ import torch
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from sologpt.adapters.adapters import AdapterConfig, attach
+from sologpt.adapters.adapter import attach
+from sologpt.adapters.config import AdapterConfig
 from sologpt.bench.plan import measured_step
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.held import hold_base
 from sologpt.matmuls.recipe_linear import convert
-from sologpt.training import forecast, moments, optimizers
+from sologpt.matmuls.spec import MatmulSpec
+from sologpt.training import moments
+from sologpt.training.adamw import adamw as make_adamw
 from sologpt.training.forecast import Forecast, Usage
+from sologpt.training.liveness import nbytes
+from sologpt.training.micro_batch import MemoryAdvice, fastest
+from sologpt.training.muon import muon as make_muon
 
 SHAPE = dict(block_size=64, vocab_size=9000, n_layer=2, n_head=2, n_embd=64, loss_chunk=64)
 KINDS = [dict(arch='gpt2'), dict(arch='modern', smear=True)]
@@ -21,11 +27,11 @@ def built(**changes):
 
 
 def adamw(model):
-    return optimizers.adamw(model, 0.0, 0.1, (0.9, 0.95))
+    return make_adamw(model, 0.0, 0.1, (0.9, 0.95))
 
 
 def muon(model):
-    return optimizers.muon(model, 0.0, 0.0, (0.9, 0.95), 0.0)
+    return make_muon(model, 0.0, 0.0, (0.9, 0.95), 0.0)
 
 
 @pytest.mark.parametrize('kind, make_optimizer, checkpointed', [
@@ -81,7 +87,7 @@ def test_less_is_kept_of_checkpointed_blocks():
 
 def test_the_optimizers_state_by_how_it_is_kept():
     model = built()
-    state = {keep: Forecast(model, lambda m, keep=keep: optimizers.adamw(m, 0.0, 0.1, (0.9, 0.95), keep=keep), 64,
+    state = {keep: Forecast(model, lambda m, keep=keep: make_adamw(m, 0.0, 0.1, (0.9, 0.95), keep=keep), 64,
                             'float32', offloaded=keep == 'cpu').at(32).optimizer for keep in moments.MOMENTS}
     assert state['float32'] == pytest.approx(8 * model.n_params(), rel=0.001)
     assert state['8bit'] == pytest.approx(2 * model.n_params(), rel=0.05) and state['cpu'] == 0
@@ -96,7 +102,7 @@ def test_an_adapter_needs_gradients_and_moments_of_its_own_alone(held, compile):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     step = Forecast(model, adamw, 64, 'bfloat16', compile).at(32)
     assert step.gradients == 4 * trained and step.optimizer == pytest.approx(8 * trained, abs=1000)
-    assert step.weights == pytest.approx(forecast.nbytes([*model.parameters(), *model.buffers()]), rel=1e-3)
+    assert step.weights == pytest.approx(nbytes([*model.parameters(), *model.buffers()]), rel=1e-3)
 
 
 @pytest.mark.parametrize('recipe, compile', [
@@ -104,7 +110,7 @@ def test_an_adapter_needs_gradients_and_moments_of_its_own_alone(held, compile):
     ('sparse24', True)])
 def test_a_recipe_is_foreseen_and_the_model_stays_as_it_is(recipe, compile):
     model = built(n_layer=1)
-    convert(model, recipe, 'bfloat16', 64 * 64, 0)
+    convert(model, MatmulSpec(recipe, keep_last=0), 'bfloat16', 64 * 64, torch.device('cpu'))
     before = {name: p.clone() for name, p in model.named_parameters()}
     step = Forecast(model, adamw, 64, 'bfloat16', compile).at(32)
     assert step.peak > step.activations > 0
@@ -130,14 +136,14 @@ def test_those_that_fit():
     (12, 30, '--batch_size=4 --gradient_accumulation_steps=12,'), (1, 100, '--checkpoint_activations=True, '),
     (12, 5, '--checkpoint_activations=True, ')])
 def test_out_of_memory_names_what_fits(batch_size, limit, advice):
-    with pytest.raises(InputError) as e, forecast.out_of_memory_advice(batch_size, 4, limit, Known):
+    with pytest.raises(InputError) as e, MemoryAdvice(batch_size, 4, limit, Known):
         raise torch.OutOfMemoryError('CUDA out of memory')
     assert advice in str(e.value)
 
 
 def test_without_a_forecast_the_next_smaller_is_named():
     with pytest.raises(InputError, match='--gradient_accumulation_steps=8, a guess'):
-        with forecast.out_of_memory_advice(12, 4, 100, None):
+        with MemoryAdvice(12, 4, 100, None):
             raise torch.OutOfMemoryError('CUDA out of memory')
 
 
@@ -152,7 +158,7 @@ def test_the_fastest_of_those_that_fit(device, limit, seconds, tried, best):
     def time(size):
         asked.append(size)
         return seconds(size)
-    found, why = forecast.fastest([64, 48, 32, 16, 8, 4, 2, 1], time, Known(), limit, torch.device(device))
+    found, why = fastest([64, 48, 32, 16, 8, 4, 2, 1], time, Known(), limit, torch.device(device))
     assert (asked, found) == (tried, best) and f'{best}: 1.00' in why
 
 
@@ -161,6 +167,6 @@ def test_a_size_that_does_not_fit_after_all_is_passed_over():
         if size > 8:
             raise torch.OutOfMemoryError('CUDA out of memory')
         return 1 + size
-    assert forecast.fastest([16, 8, 4], time, Known(), 1000, torch.device('cuda'))[0] == 8
+    assert fastest([16, 8, 4], time, Known(), 1000, torch.device('cuda'))[0] == 8
     with pytest.raises(InputError, match='not even batch_size=1 fits in 0.0 GB'):
-        forecast.fastest([16, 8, 4], time, Known(), 12, torch.device('cuda'))
+        fastest([16, 8, 4], time, Known(), 12, torch.device('cuda'))

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from sologpt.training import moments, optimizers, pruning, schedules
+from sologpt.training import moments, pruning, schedules
+from sologpt.training.adamw import adamw
+from sologpt.training.muon import POLAR_EXPRESS, orthogonalize
+from sologpt.training.muon import muon as make_muon
+from sologpt.training.optimizers import load_state
 
 
 def model():
@@ -27,7 +31,7 @@ def test_wsd():
 
 
 def test_rates_follow_each_groups_highest_and_momentum_warms_up():
-    optimizer = optimizers.muon(model(), 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, embd_lr=0.1, momentum_warmup=10)
+    optimizer = make_muon(model(), 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, embd_lr=0.1, momentum_warmup=10)
     schedules.set_rates(optimizer, 5, 0.5)
     assert [g['lr'] for g in optimizer.param_groups] == pytest.approx([0.01, 0.05, 1.5e-3, 1.5e-3])
     assert optimizer.param_groups[0]['momentum'] == pytest.approx(0.9)
@@ -37,7 +41,7 @@ def test_rates_follow_each_groups_highest_and_momentum_warms_up():
 
 def test_matrices_decay_and_vectors_do_not():
     m = model()
-    matrices, vectors = optimizers.adamw(m, 1e-3, 0.1, (0.9, 0.95)).param_groups
+    matrices, vectors = adamw(m, 1e-3, 0.1, (0.9, 0.95)).param_groups
     assert {p.dim() for p in matrices['params']} == {2} and matrices['weight_decay'] == 0.1
     assert {p.dim() for p in vectors['params']} == {1} and vectors['weight_decay'] == 0.0
     assert len(matrices['params']) + len(vectors['params']) == len(list(m.parameters()))
@@ -63,8 +67,8 @@ def test_goes_on_from_nanogpts_state():
     a = nanogpts(theirs)
     step(theirs, a, 3)
     ours.load_state_dict(theirs.state_dict())
-    b = optimizers.adamw(ours, 1e-2, 0.1, (0.9, 0.95))
-    optimizers.load_state(b, copy.deepcopy(a.state_dict()))
+    b = adamw(ours, 1e-2, 0.1, (0.9, 0.95))
+    load_state(b, copy.deepcopy(a.state_dict()))
     assert b.param_groups[0]['fused']  # hyperparameters are this run's
     schedules.set_rates(b, 3, 1.0)
     step(theirs, a, 3)
@@ -76,8 +80,8 @@ def test_goes_on_from_nanogpts_state():
 def test_state_of_another_model_is_refused():
     other = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
     with pytest.raises(ValueError, match='groups of'):
-        optimizers.load_state(optimizers.adamw(model(), 1e-3, 0.1, (0.9, 0.95)),
-                         optimizers.adamw(other, 1e-3, 0.1, (0.9, 0.95)).state_dict())
+        load_state(adamw(model(), 1e-3, 0.1, (0.9, 0.95)),
+                         adamw(other, 1e-3, 0.1, (0.9, 0.95)).state_dict())
 
 
 @pytest.mark.parametrize('shape', [(3, 16, 16), (2, 16, 64)])
@@ -86,14 +90,14 @@ def test_orthogonalize_is_u_vt(shape, dtype):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     G = U * torch.logspace(-4, -6, 16) @ Vh  # singular values from 0.5 to 0.005 of the norm
-    out = optimizers.orthogonalize(G, 6, dtype).float()
+    out = orthogonalize(G, 6, dtype).float()
     torch.testing.assert_close(out, U @ Vh, atol=2e-2 if dtype == torch.float32 else 5e-2, rtol=0)
 
 
 def polynomial(matrix, iterations):
     """The definition, for one matrix."""
     X = matrix / (1.02 * matrix.norm())
-    for a, b, c in optimizers.POLAR_EXPRESS[:iterations]:
+    for a, b, c in POLAR_EXPRESS[:iterations]:
         A = X @ X.mT
         X = a * X + b * A @ X + c * A @ A @ X
     return X
@@ -103,11 +107,11 @@ def polynomial(matrix, iterations):
 def test_both_ways_of_computing_are_the_polynomial(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([polynomial(matrix, 4) for matrix in G])
-    torch.testing.assert_close(optimizers.orthogonalize(G, 4, torch.float32), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(orthogonalize(G, 4, torch.float32), expected, atol=1e-4, rtol=1e-4)
 
 
 def muon(m, **changes):
-    return optimizers.muon(m, 1e-2, 0.1, (0.9, 0.95), **dict(muon_lr=0.1, head_lr=2e-2, momentum=0.9, momentum_warmup=0,
+    return make_muon(m, 1e-2, 0.1, (0.9, 0.95), **dict(muon_lr=0.1, head_lr=2e-2, momentum=0.9, momentum_warmup=0,
                                                         iterations=6) | changes)
 
 
@@ -155,7 +159,7 @@ def test_muon_goes_on_from_its_state():
             stopped = modern()
             stopped.load_state_dict(weights)
             b = muon(stopped)
-            optimizers.load_state(b, state)
+            load_state(b, state)
         for m, optimizer in ((straight, a), (stopped, b)):
             schedules.set_rates(optimizer, i, 1.0)
             step(m, optimizer, 1)
@@ -181,8 +185,8 @@ def test_small_updates_of_bfloat16_weights_count_in_the_mean(kind):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=4, vocab_size=8))
     weight = model.transformer.h[0].mlp.c_fc.weight
     weight.data = torch.ones_like(weight, dtype=torch.bfloat16)
-    optimizer = optimizers.adamw(model, 0.001, 0.0, (0.9, 0.95)) if kind == 'adamw' else \
-        optimizers.muon(model, 0.001, 0.0, (0.9, 0.95), muon_lr=0.001)
+    optimizer = adamw(model, 0.001, 0.0, (0.9, 0.95)) if kind == 'adamw' else \
+        make_muon(model, 0.001, 0.0, (0.9, 0.95), muon_lr=0.001)
     schedules.set_rates(optimizer, 0, 1.0)
     moved = 0.0
     for _ in range(40):
@@ -215,8 +219,8 @@ def train(m, optimizer, steps, seed=0):
 
 def made(kind, m, keep):
     if kind == 'muon':
-        return optimizers.muon(m, 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, momentum_warmup=0, keep=keep)
-    return optimizers.adamw(m, 3e-3, 0.1, (0.9, 0.95), keep=keep)
+        return make_muon(m, 3e-3, 0.1, (0.9, 0.95), muon_lr=0.02, momentum_warmup=0, keep=keep)
+    return adamw(m, 3e-3, 0.1, (0.9, 0.95), keep=keep)
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'muon'])
@@ -283,7 +287,7 @@ def test_moments_go_over_from_one_way_of_keeping_them_to_another(kind, before, a
     saved = {'state': {i: {k: v.clone() for k, v in s.items()} for i, s in other.state_dict()['state'].items()},
              'param_groups': other.state_dict()['param_groups']}
     other = made(kind, stopped, after)
-    optimizers.load_state(other, saved)
+    load_state(other, saved)
     losses = train(straight, one, 20, 99), train(stopped, other, 20, 99)
     if before == after or '8bit' not in (before, after):
         assert losses[0] == losses[1]

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from test_matmul import apart, tensors, through
+from linears import apart, tensors, through
 from torch.utils.flop_counter import FlopCounterMode
 
 from sologpt.matmuls import products
-from sologpt.matmuls.formats import E4M3, Encoded, Format
+from sologpt.matmuls.elements import E4M3
+from sologpt.matmuls.formats import Encoded, Format
 from sologpt.matmuls.gemms import recipe_matmul
 from sologpt.matmuls.products import plain_product
 from sologpt.matmuls.recipes import RECIPES
@@ -49,26 +50,3 @@ def test_each_level_of_strassen_costs_accuracy_and_saves_products():
     with FlopCounterMode(display=False) as counter:
         products._strassen(a, b, 2)
     assert counter.get_total_flops() == 2 * 256 ** 3 * (7 / 8) ** 2
-
-
-def test_bit_planes_multiply_exactly():
-    x, w = torch.randint(-128, 128, (5, 200), dtype=torch.int8), torch.randint(-1, 2, (33, 200), dtype=torch.int8)
-    assert torch.equal(products.bitplane_matmul(x, products.bit_planes(w)), x.long() @ w.long().T)
-
-
-def test_a_short_accumulator_loses_digits_and_several_products_regain_them():
-    torch.manual_seed(0)
-    a, b = torch.rand(4, 4096), torch.rand(4, 4096)
-    exact = a.double() @ b.double().T
-    worst = {name: ((found.double() - exact) / exact).abs().max().item() for name, found in {
-        'fp16': products.accumulated(a, b, torch.float16), 'bf16': products.accumulated(a, b, torch.bfloat16),
-        'fp16 by 128': products.accumulated(a, b, torch.float16, 128),
-        'fp32': products.accumulated(a, b, torch.float32, 64),
-        'x1': products.split_bfloat16(a, b, 1), 'x3': products.split_bfloat16(a, b, 3),
-        'x6': products.split_bfloat16(a, b, 6)}.items()}
-    assert worst['bf16'] > 0.5 > worst['fp16'] > 0.01 > worst['fp16 by 128'] > 1e-4
-    assert worst['x1'] > 1e-5 > worst['x3'] and max(worst['x3'], worst['x6'], worst['fp32']) < 1e-6
-    spread = a * torch.exp2(torch.randint(-4, 5, a.shape))  # x6 is there for the last digits
-    x3, x6 = (apart(products.split_bfloat16(spread.double().float(), b, n).double(), spread.double() @ b.double().T)
-              for n in (3, 6))
-    assert x6 <= x3

@@ -1,9 +1,12 @@
 """The README's commands, as a user types them."""
 
+import glob
 import hashlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 import sysconfig
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from conftest import ROOT, TINY, options
 from test_sources import parquet
 
-from sologpt.files import checkpoint
+from sologpt.files.checkpoint import read_checkpoint, save_checkpoint
 from sologpt.tokens import data_folder, tokenizer
 
 
@@ -80,6 +83,34 @@ def test_a_tokenizer_of_ones_own(project):
         assert ran.returncode == 2 and message in ran.stderr and 'Traceback' not in ran.stderr
 
 
+SCRIPTS_OF_DATA = sorted(os.path.relpath(path, ROOT) for pattern in ('data/*.py', 'data/*/prepare.py')
+                         for path in glob.glob(os.path.join(ROOT, pattern)) if 'tinyshakespeare' not in path)
+
+
+@pytest.mark.parametrize('script', SCRIPTS_OF_DATA)
+def test_the_command_line_of_data_scripts(project, script):
+    """It is that of train.py: --help lists every key, and an unknown one is refused."""
+    from configurator import InputError, resolve
+    ran, (config, _) = project.run(script, '--help'), resolve(os.path.join(ROOT, script), [])
+    assert ran.returncode == 0 and all(f'{key} = ' in ran.stdout for key in config), ran.stderr
+    with pytest.raises(InputError, match="no config key 'nothing'"):
+        resolve(os.path.join(ROOT, script), ['--nothing=1'])
+    assert len(SCRIPTS_OF_DATA) >= 10
+
+
+def test_a_dataset_is_a_folder_with_a_prepare_py(project):
+    """A copy of data/pydoc under another name, run from elsewhere."""
+    copy_code(project.folder)
+    os.makedirs(project.folder / 'data' / 'mine')
+    shutil.copy(os.path.join(ROOT, 'data', 'pydoc', 'prepare.py'), project.folder / 'data' / 'mine')
+    os.makedirs('elsewhere')
+    ran = subprocess.run([sys.executable, '../data/mine/prepare.py', '--size=1000'], cwd='elsewhere',
+                         capture_output=True, text=True)
+    assert ran.returncode == 0 and '../data/mine/train.bin: 1,000 tokens' in ran.stdout, ran.stderr
+    meta = data_folder.read_meta('data/mine')
+    assert meta['tokens']['train'] == 1000 and meta['source'].startswith('language reference of Python 3.')
+
+
 def test_prepared_text_is_split_by_characters(project):
     shutil.copytree(os.path.join(ROOT, 'data', 'text'), project.folder / 'data' / 'text')
     copy_code(project.folder)
@@ -91,14 +122,21 @@ def test_prepared_text_is_split_by_characters(project):
     data = project.folder / 'data' / 'ab'
     assert (data / 'train.bin').read_bytes() == b'a\0' * 72 + b'\0\0' + b'b\0' * 18  # 16 bits each
     assert (data / 'val.bin').read_bytes() == b'a\0' * 8 + b'\0\0' + b'b\0' * 2
+    (project.folder / 'b.txt').write_text('b' * 40)
+    ran = project.run(script, 'a.txt', 'b.txt', '--name=ab')
+    assert ran.returncode == 2 and 'b.txt has changed since data/ab was prepared: --restart' in ran.stderr
+    assert project.run(script, '--restart', 'a.txt', 'b.txt', '--name=ab').returncode == 0
+    assert (data / 'val.bin').read_bytes() == b'a\0' * 8 + b'\0\0' + b'b\0' * 4
     (project.folder / 'latin1.txt').write_bytes('é'.encode('latin-1'))
     (project.folder / 'damaged.json').write_text('{')
     for argv, message in ((['nothere.txt'], 'there is no nothere.txt'), (['latin1.txt'], 'is not UTF-8'),
                           (['empty.txt'], 'empty.txt has no text for train and val'),
-                          (['a.txt', '--val=2'], "--val: '2' must be between 0 and 1"),
-                          (['a.txt', '--tokens=lots'], "--tokens: 'lots' is no number of tokens"),
+                          ([], 'name at least one file'), (['a.txt', '--seed=-1'], '--seed=-1 must be 0, 1, 2'),
+                          (['a.txt', '--tokens'], 'write --tokens=VALUE'),
+                          (['a.txt', '--val=2'], "--val=2 must be between 0 and 1"),
+                          (['a.txt', '--tokens=lots'], "--tokens=lots is no number of tokens"),
                           (['a.txt', '--name=a/b'], '--name=a/b must be the name of a folder in data/'),
-                          (['a.txt', '--name=tiny'], 'data/tiny has data that was prepared otherwise'),
+                          (['a.txt', '--name=tiny'], 'data/tiny has data that this script did not prepare'),
                           (['a.txt', '--tokenizer=gpt9'], '--tokenizer=gpt9 is not known'),
                           (['a.txt', '--tokenizer=nothere.json'], 'nothere.json cannot be read'),
                           (['a.txt', '--tokenizer=damaged.json'], 'damaged.json cannot be read')):
@@ -243,9 +281,9 @@ def test_sampling(trained):
 
 
 def test_sampling_prefers_the_best_checkpoint(trained):
-    saved = checkpoint.load('out/best.pt')
+    saved = read_checkpoint('out/best.pt')
     ruined = saved | {'model': {k: torch.zeros_like(v) for k, v in saved['model'].items()}}
-    checkpoint.save('out', ruined, best=False)
+    save_checkpoint('out', ruined, best=False)
     with_best = trained.sample(temperature=0, start='a')
     os.remove('out/best.pt')
     assert with_best != trained.sample(temperature=0, start='a')

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from configurator import InputError
-from sologpt.tokens import sources
-from sologpt.tokens.sources import Source, find, hub
+from sologpt.tokens import readers, sources
+from sologpt.tokens.sources import Source, find_source, hub_source
 
 DOCUMENTS = ['Ça va\r\n', 'two\n\n', '日本語 \x00\u2028', 'x' * 300, ' \ttabs', '\U0001F600' * 5]
 
@@ -41,7 +41,7 @@ def each_kind(folder):
 
 def test_every_kind_of_file_gives_the_same_documents_exactly(tmp_path):
     for path in each_kind(tmp_path):
-        assert list(find([path])) == DOCUMENTS, path
+        assert list(find_source([path])) == DOCUMENTS, path
 
 
 def test_going_on_from_every_position(tmp_path):
@@ -54,14 +54,14 @@ def test_going_on_from_every_position(tmp_path):
 
 
 def test_a_long_text_is_cut_at_line_ends_and_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'LONGEST', 50)
+    monkeypatch.setattr(readers, 'LONGEST', 50)
     text = 'a line of text\n' * 9 + 'word ' * 30 + 'é' * 80 + '\n<|endoftext|>' + 'z' * 7
     (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
-    pieces = list(find([str(tmp_path / 'a.txt')]))
+    pieces = list(find_source([str(tmp_path / 'a.txt')]))
     assert ''.join(pieces) == text.replace('<|endoftext|>', '') and pieces[-1] == 'zzzzzzz'
     assert all(len(p.encode()) <= 50 for p in pieces) and pieces[0] == 'a line of text\n' * 3
     for n in range(len(pieces)):
-        source = find([str(tmp_path / 'a.txt')])
+        source = find_source([str(tmp_path / 'a.txt')])
         list(zip(range(n), source, strict=False))
         again = source.again()
         again.position = source.where()
@@ -70,17 +70,17 @@ def test_a_long_text_is_cut_at_line_ends_and_characters(tmp_path, monkeypatch):
 
 def test_cuts_lose_nothing_wherever_one_goes_on(tmp_path, monkeypatch):
     """Of text without line ends and spaces, in which marks and characters lie across the cuts."""
-    monkeypatch.setattr(sources, 'LONGEST', 40)
+    monkeypatch.setattr(readers, 'LONGEST', 40)
     rng = random.Random(1)
     for _ in range(60):
         text = ''.join(rng.choices(['a', '\u597d', '\U0001F600', '<|endoftext|>', 'bcdefgh' * 3], [9, 9, 5, 3, 2],
                                    k=rng.randint(1, 60)))
         (tmp_path / 'a.txt').write_text(text, encoding='utf-8')
-        pieces = list(find([str(tmp_path / 'a.txt')]))
+        pieces = list(find_source([str(tmp_path / 'a.txt')]))
         assert ''.join(pieces) == text.replace('<|endoftext|>', '')
         assert all(len(p.encode()) <= 40 for p in pieces)
         assert len([p for p in pieces if p]) >= len([p for p in text.split('<|endoftext|>') if p])
-        source = find([str(tmp_path / 'a.txt')])
+        source = find_source([str(tmp_path / 'a.txt')])
         for n, _ in enumerate(source):
             again = source.again()
             again.position = source.where()
@@ -93,15 +93,16 @@ def test_what_a_command_line_names(tmp_path, monkeypatch, capsys):
     os.makedirs('d/.git')
     for name in ('d/b.txt', 'd/a.md', 'd/inside/c.jsonl.gz', 'd/left.out', 'd/code.py', 'd/.git/x.txt', 'd/.y.txt'):
         open(name, 'w').close()
-    assert find(['d']).files == ['d/a.md', 'd/b.txt', 'd/inside/c.jsonl.gz']
+    assert find_source(['d']).files == ['d/a.md', 'd/b.txt', 'd/inside/c.jsonl.gz']
     assert capsys.readouterr().out == 'd: 3 files, and 2 that are no .txt, .md, .jsonl or .parquet\n'
-    assert find(['d/*.py', 'd/b.txt', 'd/b.txt', 'd/**/*.gz']).files == ['d/code.py', 'd/b.txt', 'd/inside/c.jsonl.gz']
+    found = find_source(['d/*.py', 'd/b.txt', 'd/b.txt', 'd/**/*.gz'])
+    assert found.files == ['d/code.py', 'd/b.txt', 'd/inside/c.jsonl.gz']
     os.makedirs('empty')
     for names, message in ((['empty'], 'empty has no .txt'), (['no.txt'], 'there is no no.txt'),
                            (['x/*.txt'], 'there is no x/'), (['d/b.txt', 'owner/name'], 'there is no owner/name'),
                            (['d/insidee'], 'there is no d/insidee: name files')):
         with pytest.raises(InputError, match=message):
-            find(names)
+            find_source(names)
 
 
 def lines(*records):
@@ -132,26 +133,26 @@ LONG = json.dumps({'text': ''.join(map(chr, range(32, 20000)))}).encode()
 def test_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as e:
-        list(find([str(tmp_path / name)]))
+        list(find_source([str(tmp_path / name)]))
     assert '\n' not in str(e.value) and len(str(e.value)) < 400
 
 
 def test_parquet_refused(tmp_path):
     with pytest.raises(InputError, match="a.parquet has no field 'text': it has id, body"):
-        list(find([parquet(tmp_path / 'a.parquet', ['x'], column='body')]))
-    assert list(find([parquet(tmp_path / 'b.parquet', ['x', None], column='body')], 'body')) == ['x', '']
+        list(find_source([parquet(tmp_path / 'a.parquet', ['x'], column='body')]))
+    assert list(find_source([parquet(tmp_path / 'b.parquet', ['x', None], column='body')], 'body')) == ['x', '']
     whole = parquet(tmp_path / 'c.parquet', DOCUMENTS * 50)
     with open(whole, 'rb') as f:
         content = f.read()
     for keep in (100, len(content) - 9, len(content) - 1):
         (tmp_path / 'cut.parquet').write_bytes(content[:keep])
         with pytest.raises(InputError, match='cut.parquet is damaged or cut off'):
-            list(find([str(tmp_path / 'cut.parquet')]))
+            list(find_source([str(tmp_path / 'cut.parquet')]))
     damaged = bytearray(content)
     damaged[4:len(content) // 2] = bytes(len(content) // 2 - 4)
     (tmp_path / 'damaged.parquet').write_bytes(damaged)
     with pytest.raises(InputError, match='damaged.parquet is damaged'):
-        list(find([str(tmp_path / 'damaged.parquet')]))
+        list(find_source([str(tmp_path / 'damaged.parquet')]))
 
 
 def test_odd_names_and_empty_parquet(tmp_path):
@@ -160,53 +161,53 @@ def test_odd_names_and_empty_parquet(tmp_path):
              str(folder / 'c.TXT.GZ')]
     with open(paths[2], 'wb') as f:
         f.write(gzip.compress(b'three'))
-    assert list(find(paths)) == ['one', 'three']
+    assert list(find_source(paths)) == ['one', 'three']
     if hasattr(os, 'mkfifo'):
         os.mkfifo(tmp_path / 'pipe')
         with pytest.raises(InputError, match='pipe can be read only once'):
-            find([str(tmp_path / 'pipe')])
+            find_source([str(tmp_path / 'pipe')])
 
 
 def test_a_dataset_by_a_pattern(tmp_path):
     for i in range(3):
         parquet(tmp_path / 'sample' / f'{i}.parquet', [f'{i}{d}' for d in DOCUMENTS])
-    source = hub(f'{tmp_path}/sample/*.parquet', name='mine')
+    source = hub_source(f'{tmp_path}/sample/*.parquet', name='mine')
     assert list(source) == [f'{i}{d}' for i in range(3) for d in DOCUMENTS] and source.name == 'mine'
     with pytest.raises(InputError, match='cannot be read: Unable to find|there is no .*/nothere/'):
-        hub(f'{tmp_path}/nothere/*.parquet')
+        hub_source(f'{tmp_path}/nothere/*.parquet')
 
 
 def test_a_dataset_of_json_files(tmp_path):
     """As a folder that `datasets` reads like a repository of the hub."""
     (tmp_path / 'set').mkdir()
     (tmp_path / 'set' / 'train.jsonl').write_bytes(lines(*({'text': d, 'more': [1]} for d in DOCUMENTS)))
-    source = hub(str(tmp_path / 'set'))
+    source = hub_source(str(tmp_path / 'set'))
     assert list(source) == DOCUMENTS
     with pytest.raises(InputError, match="has no field 'body'"):
-        list(hub(str(tmp_path / 'set'), field='body'))
+        list(hub_source(str(tmp_path / 'set'), field='body'))
     os.rename(tmp_path / 'set' / 'train.jsonl', tmp_path / 'set' / 'test.jsonl')
     with pytest.raises(InputError, match='has no split train in files, only test'):
-        hub(str(tmp_path / 'set'))
+        hub_source(str(tmp_path / 'set'))
 
 
 def test_the_network_is_tried_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, 'PAUSES', (0, 0))
     parquet(tmp_path / 'a.parquet', DOCUMENTS)
-    failures, real = [ConnectionError('gone'), TimeoutError('slow')], sources.quiet_datasets().load_dataset_builder
+    failures, real = [ConnectionError('gone'), TimeoutError('slow')], readers.quiet_datasets().load_dataset_builder
 
     def load(*args, **kwargs):
         if failures:
             raise failures.pop()
         return real(*args, **kwargs)
-    monkeypatch.setattr(sources.quiet_datasets(), 'load_dataset_builder', load)
-    source = hub(f'{tmp_path}/*.parquet', name='mine')
+    monkeypatch.setattr(readers.quiet_datasets(), 'load_dataset_builder', load)
+    source = hub_source(f'{tmp_path}/*.parquet', name='mine')
     assert capsys.readouterr().out.count('trying again in 0 s') == 2
     failures += [ConnectionError('gone')] * 3
     with pytest.raises(InputError, match=r'mine cannot be reached \(ConnectionError: gone\): check the network'):
-        hub(f'{tmp_path}/*.parquet', name='mine')
+        hub_source(f'{tmp_path}/*.parquet', name='mine')
     capsys.readouterr()
 
-    class Fails(sources.Rows):  # before each document twice, and on the web
+    class Fails(readers.Rows):  # before each document twice, and on the web
         def __init__(self, path, field, position):
             super().__init__(path.removeprefix('hf://'), field, position)
 
@@ -233,5 +234,5 @@ def test_the_network_is_tried_again(tmp_path, monkeypatch, capsys):
 def test_the_hub_without_a_network(monkeypatch, capsys):
     monkeypatch.setattr(sources, 'PAUSES', ())
     with pytest.raises(InputError, match='owner/name of the hub cannot be reached'):
-        find(['owner/name'])
+        find_source(['owner/name'])
     assert capsys.readouterr().out.startswith('there is no file or folder owner/name here: looking for such a dataset')

@@ -23,7 +23,7 @@ def fake_gpt2(name):
 def test_round_trip(make, monkeypatch):
     monkeypatch.setattr(tiktoken, 'get_encoding', fake_gpt2)
     made = make()
-    t = tokenizer.from_dict(json.loads(json.dumps(made.to_dict())))  # as it travels
+    t = tokenizer.tokenizer_from_dict(json.loads(json.dumps(made.to_dict())))  # as it travels
     ids = t.encode(MIXED)
     assert t.decode(ids) == MIXED
     assert ids == made.encode(MIXED) and max(ids) < t.vocab_size
@@ -69,27 +69,28 @@ def test_a_file_of_ranks_is_all_that_is_needed(tmp_path, monkeypatch):
     path = ranks_file(tmp_path / 'mine.tiktoken', [*BYTES, b'de'])
     monkeypatch.setitem(tokenizer.RANK_FILES, 257, ('gpt2', r'\S+|\s+', {'<|endoftext|>': 257}))
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: 1 / 0)  # which would download
-    t = tokenizer.by_name(path)
+    t = tokenizer.tokenizer_by_name(path)
     os.remove(path)
-    again = tokenizer.from_dict(json.loads(json.dumps(t.to_dict())))
+    again = tokenizer.tokenizer_from_dict(json.loads(json.dumps(t.to_dict())))
     for one in (t, again):
         assert one.encode('de<|endoftext|>d') == [256, 257, 100] and one.eot == 257 and one.vocab_size == 258
         assert one.encode_ordinary('de<|end').tolist() == [256, *b'<|end']
     assert again.to_dict() == t.to_dict()
-    assert tokenizer.agree(tokenizer.GPT2, t.to_dict()) and tokenizer.agree(t.to_dict(), tokenizer.GPT2)
-    other = tokenizer.by_name(ranks_file(tmp_path / 'other.tiktoken', [*BYTES, b'ed']))
-    assert not tokenizer.agree(other.to_dict(), t.to_dict())
+    assert tokenizer.tokenizers_agree(tokenizer.GPT2, t.to_dict())
+    assert tokenizer.tokenizers_agree(t.to_dict(), tokenizer.GPT2)
+    other = tokenizer.tokenizer_by_name(ranks_file(tmp_path / 'other.tiktoken', [*BYTES, b'ed']))
+    assert not tokenizer.tokenizers_agree(other.to_dict(), t.to_dict())
     for tokens, message in ((BYTES, r'has 256 ranks: how its text .* 50,256 \(gpt2\), 100,256 \(cl100k_base\)'),):
         with pytest.raises(InputError, match=message):
-            tokenizer.by_name(ranks_file(tmp_path / 'few.tiktoken', tokens))
+            tokenizer.tokenizer_by_name(ranks_file(tmp_path / 'few.tiktoken', tokens))
     for damaged in ([*BYTES[:-1], b'de', b'ed'], [*BYTES, b'de', b'ed', b'dd'][1:]):
-        with pytest.raises(InputError, match='damaged: it has not each rank from 0 to 256, or not every byte'):
-            tokenizer.by_name(ranks_file(tmp_path / 'damaged.tiktoken', damaged[:257]))
+        with pytest.raises(InputError, match='damaged: a rank from 0 to 256 is missing, or one of'):
+            tokenizer.tokenizer_by_name(ranks_file(tmp_path / 'damaged.tiktoken', damaged[:257]))
     (tmp_path / 'no.tiktoken').write_text('no ranks at all')
     for name, message in (('no.tiktoken', 'cannot be read as a file of ranks'), ('nothere.tiktoken', 'cannot be read'),
                           ('gpt9', '--tokenizer=gpt9 is not known: use bytes, chars, one of tiktoken')):
         with pytest.raises(InputError, match=message):
-            tokenizer.by_name(str(tmp_path / name) if '.' in name else name)
+            tokenizer.tokenizer_by_name(str(tmp_path / name) if '.' in name else name)
 
 
 @pytest.mark.parametrize('number', tokenizer.RANK_FILES)
@@ -131,7 +132,7 @@ def test_whether_two_descriptions_agree():
             (as_json(acb), as_json(abc), False), (as_json(abc), gpt2, False), (gpt2, as_json(abc), False),
             (large(262, 50257), gpt2, True), (gpt2, large(262, 50257), True), (large(263, 50257), gpt2, False),
             (gpt2, large(262, 50256), False)):
-        assert tokenizer.agree(one, another) is expected, (one, another)
+        assert tokenizer.tokenizers_agree(one, another) is expected, (one, another)
 
 
 @pytest.mark.parametrize('content, message', [
@@ -149,7 +150,7 @@ def test_nanogpt_meta(tmp_path):
     with open(tmp_path / 'meta.pkl', 'wb') as f:
         pickle.dump({'vocab_size': 3, 'itos': {0: 'a', 1: 'b', 2: 'ß'}, 'stoi': {'a': 0, 'b': 1, 'ß': 2}}, f)
     meta = data_folder.read_meta(tmp_path)
-    assert tokenizer.from_dict(meta['tokenizer']).encode('ßa') == [2, 0] and meta['dtype'] == 'uint16'
+    assert tokenizer.tokenizer_from_dict(meta['tokenizer']).encode('ßa') == [2, 0] and meta['dtype'] == 'uint16'
 
 
 def test_folder_without_meta_is_gpt2s(tmp_path):

@@ -18,7 +18,7 @@ from sologpt.machine import choices, clock, devices
 from sologpt.matmuls.recipe_linear import restore
 from sologpt.matmuls.recipes import NAMES
 from sologpt.tokens.loader import eval_batches
-from sologpt.training import forecast
+from sologpt.training import step
 
 
 def log(folder, out='out'):
@@ -50,8 +50,11 @@ def test_it_learns_and_reports(project):
     # the figures agree with each other: 64 tokens a step, MFU against the given peak
     assert record['tokens'] == 200 * 64
     assert record['tokens_per_s'] == pytest.approx(64 / record['time_ms'] * 1000)
-    assert record['mfu'] == pytest.approx(ran['raw_model'].flops_per_token(16) * record['tokens_per_s'] / 1e12)
-    assert log(project.folder)[0]['config']['n_embd'] == 32
+    assert record['mfu'] == pytest.approx(ran['model'].flops_per_token(16) * record['tokens_per_s'] / 1e12)
+    header = log(project.folder)[0]
+    assert header['config']['n_embd'] == 32 and header['matmul'] == 'in float32' and header['tokens_per_iter'] == 64
+    assert header['data'] == {'name': 'tiny', 'source': 'a test', 'train_tokens': 2500, 'val_tokens': 500,
+                              'vocab_size': 256, 'bytes_per_token': 1.0}
 
 
 def test_the_modern_recipe_learns_faster(project):
@@ -62,14 +65,15 @@ def test_the_modern_recipe_learns_faster(project):
     assert modern < gpt2 - 0.5
     lr = [r['lr'] for r in log(project.folder) if 'loss' in r]
     assert lr[2:20] == [0.01] * 18 and lr[30] == pytest.approx(0.005) and lr[39] == pytest.approx(0.0005)
-    assert f'Muon adds {100 * ran["optimizer"].flops() / (64 * ran["flops_per_token"]):.1f} %' in out
+    flops = ran["header"].record["flops_per_token"]
+    assert f'Muon adds {100 * ran["optimizer"].flops() / (64 * flops):.1f} %' in out
     assert len(project.sample(start='a')) > 20
 
 
 def test_the_vocabulary_of_the_modern_one_is_padded(project):
     write_tokens(project.folder / 'data' / 'few', [1, 2] * 99, [1, 2] * 99, vocab_size=65)
-    assert project.train(dataset='few')[0]['raw_model'].config.vocab_size == 65  # as nanoGPT's
-    model = project.train(dataset='few', arch='modern')[0]['raw_model']
+    assert project.train(dataset='few')[0]['model'].config.vocab_size == 65  # as nanoGPT's
+    model = project.train(dataset='few', arch='modern')[0]['model']
     assert model.config.vocab_size == 128 and model.config.n_ids == 65
 
 
@@ -79,7 +83,7 @@ def test_a_chosen_micro_batch_changes_nothing_else(project, monkeypatch):
         def choose(sizes, seconds, forecast, limit, device, fastest=fastest):
             assert sizes == [16, 8, 4, 2, 1] and seconds(fastest) > 0 and forecast.at(fastest).peak < limit
             return fastest, 'as asked'
-        monkeypatch.setattr(forecast, 'fastest', choose)
+        monkeypatch.setattr(step, 'fastest', choose)
         run, out = project.train(out_dir=name, batch_size='auto', **setup)
         assert f'= {fastest} sequences x 16 tokens x {16 // fastest} accumulated' in out
     project.train(out_dir='given', batch_size=4, **setup)
@@ -87,9 +91,9 @@ def test_a_chosen_micro_batch_changes_nothing_else(project, monkeypatch):
     for other in (eight, given):
         assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-5)
     assert list(val.values()) == pytest.approx(list(val8.values()), rel=1e-5)
-    assert checkpoint.load('eight/ckpt.pt')['config']['batch_size'] == 'auto'
+    assert checkpoint.read_checkpoint('eight/ckpt.pt')['config']['batch_size'] == 'auto'
     run, out = project.resume(out_dir='eight', max_iters=5)  # what was chosen then, without a trial
-    assert run['batch_size'] == 8 and 'batch_size: as chosen before' in out
+    assert run['step'].batch_size == 8 and 'batch_size: as chosen before' in out
 
 
 def test_accumulation_is_a_larger_batch(project):
@@ -121,7 +125,7 @@ def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
     # stopped between two evaluations, as Ctrl-C does
     project.train(out_dir='halves', **schedule | dict(max_iters=4))
     halves, out = project.resume(out_dir='halves', max_iters=8, dtype=schedule.get('dtype', 'float32'))
-    weights = [list(run['raw_model'].state_dict().values()) for run in (straight, halves)]
+    weights = [list(run['model'].state_dict().values()) for run in (straight, halves)]
     for a, b in zip(*weights, strict=True):
         assert torch.equal(a, b)
     (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('straight', 'halves'))
@@ -130,7 +134,7 @@ def test_resumed_run_is_the_same_run(project, overrides, monkeypatch):
     if overrides.get('gradient_accumulation_steps'):
         assert straight['batches'].epoch(4) > 1
     if overrides.get('dtype') == 'float16':
-        assert checkpoint.load('halves/ckpt.pt')['scaler']['scale'] <= 2.0 ** 15
+        assert checkpoint.read_checkpoint('halves/ckpt.pt')['scaler']['scale'] <= 2.0 ** 15
 
 
 @pytest.mark.parametrize('attn_backend', ['sdpa', 'math'])
@@ -144,13 +148,13 @@ def test_documents_are_kept_apart_also_after_a_resume(project, attn_backend):
     project.train(out_dir='halves', document_mask=True, **setup | dict(max_iters=4, lr_decay_iters=8))
     halves, out = project.resume(out_dir='halves', max_iters=8)
     assert ', within documents (as asked); ' in out
-    for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
+    for a, b in zip(*(run['model'].state_dict().values() for run in (straight, halves)), strict=True):
         assert torch.equal(a, b)
     (packed, _), (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('packed', 'straight', 'halves'))
     assert steps == steps2 and val.items() <= val2.items() and packed[7] != steps[7]
     # an evaluation is that of each document alone
     alone, total, n = GPT.from_checkpoint('straight/ckpt.pt')[0].eval(), 0.0, 0
-    for x, y in eval_batches(straight['val_tokens'], 4, 2, torch.device('cpu')):
+    for x, y in eval_batches(straight['data'].val, 4, 2, torch.device('cpu')):
         for row, targets in zip(x, y, strict=True):
             begins = [0, *(i for i in range(1, 16) if row[i] == 0), 16]
             for start, end in zip(begins, begins[1:], strict=False):
@@ -165,15 +169,17 @@ def test_documents_are_kept_apart_also_after_a_resume(project, attn_backend):
 @pytest.mark.parametrize('name', NAMES)
 def test_every_matmul_trains_and_resumes(project, name, model, monkeypatch):
     monkeypatch.setattr(clock, 'shortest_seconds', lambda *_, **__: 1.0)  # of a Linear, for the header
-    if name == 'fp8':  # the last part in float32: across a resume, and across the change itself
-        model = model | dict(matmul_until=0.75)
-    setup = model | dict(matmul=name, gradient_accumulation_steps=2, max_iters=8, block_dropout=0.05,
-                         block_dropout_size=16)
+    # fp8's last part is in float32: across a resume, and across the change itself
+    spec = {'fp8': 'fp8:until=0.75', 'block_dropout': 'block_dropout:0.05,size=16'}.get(name, name)
+    setup = model | dict(matmul=spec, gradient_accumulation_steps=2, max_iters=8)
     straight, out = project.train(out_dir='straight', **setup)
     assert f'matmuls of the blocks: {name}' in out
-    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8, matmul_until=1.0))  # not its end
-    halves, _ = project.resume(out_dir='halves', max_iters=8, matmul_until=straight['matmul_until'])
-    for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
+    saved = straight['built'].config['matmul']
+    assert 'keep_last=' in saved and 'until=' in saved  # what was done, whatever a later version's defaults are
+    halves = {'fp8': 'fp8', 'sparse24': 'sparse24:until=1.0'}.get(name, spec)  # not its end
+    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8, matmul=halves))
+    halves, _ = project.resume(out_dir='halves', max_iters=8, matmul=saved)
+    for a, b in zip(*(run['model'].state_dict().values() for run in (straight, halves)), strict=True):
         assert torch.equal(a, b)
     (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('straight', 'halves'))
     assert steps == steps2 and val.items() <= val2.items()
@@ -184,17 +190,17 @@ def test_every_matmul_trains_and_resumes(project, name, model, monkeypatch):
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_bfloat16_weights_are_half_the_memory_and_resume(project, optimizer):
-    setup = dict(weights_dtype='bfloat16', dtype='bfloat16', optimizer=optimizer, prune=0.5, prune_start=0.0)
-    straight, _ = project.train(out_dir='straight', max_iters=9, prune_end=0.5, **setup)
-    project.train(out_dir='halves', max_iters=5, lr_decay_iters=9, prune_end=1.0, **setup)
-    halves, _ = project.resume(out_dir='halves', max_iters=9, prune_end=0.5, dtype='bfloat16')
-    for a, b in zip(*(run['raw_model'].state_dict().values() for run in (straight, halves)), strict=True):
+    setup = dict(weights_dtype='bfloat16', dtype='bfloat16', optimizer=optimizer)
+    straight, _ = project.train(out_dir='straight', max_iters=9, prune='0.5:0-0.5', **setup)
+    project.train(out_dir='halves', max_iters=5, lr_decay_iters=9, prune='0.5:0-1', **setup)
+    halves, _ = project.resume(out_dir='halves', max_iters=9, prune='0.5:0-0.5', dtype='bfloat16')
+    for a, b in zip(*(run['model'].state_dict().values() for run in (straight, halves)), strict=True):
         assert torch.equal(a, b)
-    saved = checkpoint.load('halves/ckpt.pt')
+    saved = checkpoint.read_checkpoint('halves/ckpt.pt')
     assert all(p.dtype == (torch.bfloat16 if p.dim() == 2 else torch.float32) for p in saved['model'].values())
     moments = [t for state in saved['optimizer']['state'].values() for t in state.values()]
     assert all(t.dtype == torch.float32 for t in moments)
-    project.train(out_dir='wide', max_iters=9, **setup | dict(weights_dtype='float32', prune=0.0))
+    project.train(out_dir='wide', max_iters=9, **setup | dict(weights_dtype='float32'))
     assert abs(losses(project.folder, 'wide')[1][9] - losses(project.folder, 'straight')[1][9]) < 0.1
     for name, p in saved['model'].items():  # of the blocks' matrices half is zero, since step 4
         share = (p == 0).float().mean().item()
@@ -203,8 +209,8 @@ def test_bfloat16_weights_are_half_the_memory_and_resume(project, optimizer):
 
 @pytest.mark.parametrize('name', ['ternary', 'sparse24'])
 def test_samples_are_of_the_weights_that_were_trained(project, name):
-    ran, _ = project.train(matmul=name, matmul_until=1.0, max_iters=4)
-    model, prompt = ran['raw_model'].eval(), torch.tensor([[70, 77, 84]])
+    ran, _ = project.train(matmul='sparse24:until=1.0' if name == 'sparse24' else name, max_iters=4)
+    model, prompt = ran['model'].eval(), torch.tensor([[70, 77, 84]])
     sampled, out = project._in_process('sample.py', options(dict(
         out_dir='out', start='FMT', temperature=0, num_samples=1, max_new_tokens=20, device='cpu', dtype='float32')))
     assert out.startswith(bytes(model.generate(prompt, 20, temperature=0)[0].tolist()).decode(errors='replace'))
@@ -232,7 +238,7 @@ def new(project):
     ('lora', 'modern', dict(base_format='nf4', checkpoint_activations=True)),
     ('lora', 'modern', dict(base_format='bfloat16', dtype='bfloat16')),
     ('lora', 'gpt2', dict(matmul='int8')), ('lora', 'gpt2', dict(dtype='float16')),
-    ('lora', 'gpt2', dict(matmul='fp8', base_format='bfloat16', dtype='bfloat16', matmul_until=0.75)),
+    ('lora', 'gpt2', dict(matmul='fp8:until=0.75', base_format='bfloat16', dtype='bfloat16')),
     ('dora', 'gpt2', dict(base_format='nf4', dtype='bfloat16')), ('dora', 'modern', dict(checkpoint_activations=True)),
     ('vera', 'gpt2', dict(adapter_r=8)), ('vera', 'modern', dict(adapter_r=8, base_format='nf4')),
     ('bottleneck', 'gpt2', dict(base_format='nf4')), ('bottleneck', 'modern', dict(adapter_targets='mlp.c_proj')),
@@ -244,32 +250,33 @@ def test_every_adapter_trains_and_resumes(new, project, method, arch, more, monk
     monkeypatch.setattr(choices, 'cpu_has_float16', lambda: True)
     project.train(arch=arch, smear=arch == 'modern', **BASE)
     base_bytes = (project.folder / 'base' / 'best.pt').read_bytes()
-    setup = ADAPT | dict(adapter=method, num_virtual_tokens=4, arch=arch, smear=arch == 'modern') | more
+    virtual = dict(adapter_r=4) if method in ('prompt', 'prefix') else {}
+    setup = ADAPT | dict(adapter=method, arch=arch, smear=arch == 'modern') | virtual | more
     straight, out = project.train(out_dir='straight', **setup)
-    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8, matmul_until=None))
-    halves, _ = project.resume(out_dir='halves', max_iters=8, dtype=setup.get('dtype', 'float32'),
-                               matmul_until=setup.get('matmul_until'))
-    saved, again = (checkpoint.load(f'{name}/ckpt.pt') for name in ('straight', 'halves'))
+    matmul = setup.get('matmul', '')
+    project.train(out_dir='halves', **setup | dict(max_iters=4, lr_decay_iters=8, matmul=matmul.partition(':')[0]))
+    halves, _ = project.resume(out_dir='halves', max_iters=8, dtype=setup.get('dtype', 'float32'), matmul=matmul)
+    saved, again = (checkpoint.read_checkpoint(f'{name}/ckpt.pt') for name in ('straight', 'halves'))
     for name in saved['model'].keys() | again['model'].keys():
         assert torch.equal(saved['model'][name], again['model'][name]), name
     (steps, val), (steps2, val2) = (losses(project.folder, o) for o in ('straight', 'halves'))
     assert steps == steps2 and val.items() <= val2.items() and val[8] < val[0]
     # the checkpoint holds the adapter alone, and so do the moments
-    trained = straight['n_trained']
+    trained = straight['built'].n_trained
     shared = sum(t.numel() for name, t in saved['model'].items() if name.startswith('base_model.vera'))
     assert sum(t.numel() for t in saved['model'].values()) == trained + shared
     assert sum(s['exp_avg'].numel() for s in saved['optimizer']['state'].values()) == trained
     assert (project.folder / 'base' / 'best.pt').read_bytes() == base_bytes
-    assert f'adapter: {method}, {trained / straight["n_params"]:.2%} of the parameters' in out
-    assert f'{straight["n_params"]:,} parameters, {trained:,} trained' in out
+    assert f'adapter: {method}, {trained / straight["built"].n_params:.2%} of the parameters' in out
+    assert f'{straight["built"].n_params:,} parameters, {trained:,} trained' in out
     # and goes on, from its files, where it ended
     ran, _ = project.train(out_dir='more', **setup | dict(adapter='', adapter_from='straight', max_iters=1))
     assert losses(project.folder, 'more')[1][0] == pytest.approx(val[8], abs=1e-2 if 'matmul' in more else 1e-6)
     # the text is that of the model that was trained
-    model = straight['raw_model'].eval()
-    with devices.autocast(torch.device('cpu'), straight['dtype']):
+    model = straight['model'].eval()
+    with devices.autocast(torch.device('cpu'), straight['machine'].dtype):
         ids = model.generate(torch.tensor([[70, 77, 84]]), 20, temperature=0)[0].tolist()
-    sampled = project.sample(out_dir='straight', start='FMT', temperature=0, dtype=straight['dtype'])
+    sampled = project.sample(out_dir='straight', start='FMT', temperature=0, dtype=straight['machine'].dtype)
     assert sampled.startswith(bytes(ids[:12]).decode(errors='replace'))
 
 
@@ -286,7 +293,7 @@ def test_an_adapter_is_of_its_base_alone(new, project):
         project.sample(init_from='other', adapter='out')
     with pytest.raises(InputError, match='has lora_alpha=32.0, but this run asks for 9.0'):
         project.resume(max_iters=9, base='moved', lora_alpha=9)
-    assert project.resume(max_iters=9, base='moved')[0]['iter_num'] == 9
+    assert project.resume(max_iters=9, base='moved')[0]['progress'].iter_num == 9
     assert len(project.sample(init_from='moved', adapter='out', start='a')) > 20
     with pytest.raises(InputError, match='ckpt.pt has adapter=, but this run asks for lora'):
         project.resume(out_dir='other', adapter='lora', max_iters=99)
@@ -301,7 +308,7 @@ def test_an_adapter_is_of_its_base_alone(new, project):
     with pytest.raises(InputError, match='where the base of a resumed adapter is'):
         project.train(init_from='moved', adapter='lora', base='other')
     assert project.sample(init_from='moved', out_dir='out') == project.sample(init_from='moved', adapter='out')
-    assert project.resume(max_iters=10, base='moved', adapter_dropout=0.5)[0]['raw_model'].get_submodule(
+    assert project.resume(max_iters=10, base='moved', adapter_dropout=0.5)[0]['model'].get_submodule(
         'transformer.h.0.attn.c_attn').dropout.p == 0.5
 
 
@@ -310,8 +317,9 @@ def test_finetuning_all_weights_of_an_earlier_run(project):
     val = losses(project.folder, 'base')[1][40]
     few = {k: v for k, v in TINY.items() if not k.startswith('n_')}
     ran, _ = project._in_process('train.py', options(few | dict(init_from='base', max_iters=2)))
-    assert losses(project.folder)[1][0] == pytest.approx(val, abs=1e-6) and ran['n_trained'] == ran['n_params']
-    assert ran['raw_model'].config.arch == 'modern' and ran['raw_model'].config.bias
+    assert losses(project.folder)[1][0] == pytest.approx(val, abs=1e-6)
+    assert ran['built'].n_trained == ran['built'].n_params
+    assert ran['model'].config.arch == 'modern' and ran['model'].config.bias
     write_tokens(project.folder / 'data' / 'other', [1] * 99, [1] * 99,
                  tokenizer={'kind': 'chars', 'chars': ['a', 'b']})
     with pytest.raises(InputError, match='base was trained with another tokenizer'):
@@ -365,7 +373,8 @@ def test_loss_scaling_starts_at_2_to_the_15(project, monkeypatch):
 def test_resume_keeps_the_config_and_goes_on_from_the_last_step(project):
     project.train(dropout=0.1, n_layer=1, max_iters=4, lr_decay_iters=9)
     ran, out = project.resume(max_iters=6)
-    assert ran['dropout'] == 0.1 and ran['n_layer'] == 1 and ran['lr_decay_iters'] == 9 and ran['batch_size'] == 4
+    assert ran['dropout'] == 0.1 and ran['n_layer'] == 1
+    assert ran['schedule'].decay_iters == 9 and ran['step'].batch_size == 4
     assert 'iter 4:' in out and 'iter 3:' not in out and 'step 4:' not in out  # evaluated before it stopped
 
 
@@ -394,12 +403,12 @@ def test_resuming_another_architecture_is_refused(project):
 def test_best_and_newest(project):
     project.train(max_iters=3)
     project.resume(max_iters=9, learning_rate=9.0, min_lr=9.0)  # ruins the model
-    newest, best = checkpoint.load('out/ckpt.pt'), checkpoint.load('out/best.pt')
+    newest, best = checkpoint.read_checkpoint('out/ckpt.pt'), checkpoint.read_checkpoint('out/best.pt')
     val = losses(project.folder)[1]
     assert newest['iter_num'] == 9 and best['iter_num'] == newest['best_iter'] == 3 and val[9] > val[3]
     assert best['best_val_loss'] == newest['best_val_loss'] == val[3]
     project.train(max_iters=2, eval_interval=100, always_save_checkpoint=False, out_dir='only')
-    assert checkpoint.load('only/best.pt')['iter_num'] == 2  # the end is evaluated whatever the interval
+    assert checkpoint.read_checkpoint('only/best.pt')['iter_num'] == 2  # the end is evaluated whatever the interval
     project.train(max_iters=2, learning_rate=9.0, min_lr=9.0, always_save_checkpoint=False, out_dir='worse')
     assert os.listdir('worse') == ['log.jsonl']  # worse than at the start
 
@@ -411,7 +420,7 @@ def test_a_new_run_keeps_what_an_earlier_one_left(project):
     after = {p.name: p.read_bytes() for p in (project.folder / 'out').iterdir()}
     assert all(after[f'{name}.old'] == content for name, content in before.items())
     assert 'kept the earlier ckpt.pt, best.pt, log.jsonl in out as *.old' in out
-    assert checkpoint.load('out/ckpt.pt')['iter_num'] == 1
+    assert checkpoint.read_checkpoint('out/ckpt.pt')['iter_num'] == 1
 
 
 def test_a_log_that_was_cut_off(project):
@@ -431,27 +440,27 @@ def test_reported_seconds_are_those_of_all_steps(project):
 
 def test_patience(project):
     ran, _ = project.train(learning_rate=0.0, min_lr=0.0, max_iters=30, patience=2)
-    assert ran['iter_num'] == 6  # the first evaluation is the best; two are not below it
+    assert ran['progress'].iter_num == 6  # the first evaluation is the best; two are not below it
 
 
 def test_max_minutes(project):
     ran, out = project.train(max_iters=100000, eval_interval=100000, max_minutes=0.08)
-    assert 0 < ran['iter_num'] < 100000
-    assert checkpoint.load('out/best.pt')['iter_num'] == ran['iter_num']
+    assert 0 < ran['progress'].iter_num < 100000
+    assert checkpoint.read_checkpoint('out/best.pt')['iter_num'] == ran['progress'].iter_num
 
 
 def test_a_slow_machines_schedule_ends_with_its_time(project):
-    ran, _ = project.train(max_iters=100000, eval_interval=100000, train_minutes=0.02, schedule='wsd', decay_part=0.5)
+    ran, _ = project.train(max_iters=100000, eval_interval=100000, train_minutes=0.02, schedule='wsd:0.5')
     lr = [r['lr'] for r in log(project.folder) if 'loss' in r]
-    assert 20 < ran['iter_num'] < 100000 and len(lr) == ran['iter_num']
+    assert 20 < ran['progress'].iter_num < 100000 and len(lr) == ran['progress'].iter_num
     assert lr[len(lr) // 4] == 0.01 and lr[-1] < 0.001 and lr[len(lr) // 2:] == sorted(lr[len(lr) // 2:], reverse=True)
-    assert checkpoint.load('out/ckpt.pt')['train_seconds'] == pytest.approx(1.2, abs=0.3)
+    assert checkpoint.read_checkpoint('out/ckpt.pt')['train_seconds'] == pytest.approx(1.2, abs=0.3)
     with pytest.raises(InputError, match='has trained its train_minutes=0.02: give more'):
         project.resume(max_iters=200000)
-    stopped = ran['iter_num']
-    assert project.resume(max_iters=stopped + 2, train_minutes=0)[0]['iter_num'] == stopped + 2
+    stopped = ran['progress'].iter_num
+    assert project.resume(max_iters=stopped + 2, train_minutes=0)[0]['progress'].iter_num == stopped + 2
     ran, _ = project.train(max_iters=4, train_minutes=9.0)  # and a fast one's with max_iters
-    assert ran['iter_num'] == 4
+    assert ran['progress'].iter_num == 4
 
 
 def test_eval_only_also_after_a_resume_and_writes_nothing(project):
@@ -484,7 +493,7 @@ def test_finetunes_a_folder_in_hugging_face_format(project):
         expected = np.mean([theirs(ids[None, w:w + 17], labels=ids[None, w:w + 17]).loss.item() for w in windows])
     assert float(re.search(r'val loss ([\d.]+)', out)[1]) == pytest.approx(expected, abs=1e-4)
     ran, _ = project._in_process('train.py', options(base | dict(init_from='hf')))
-    assert ran['raw_model'].config.block_size == 16 and losses(project.folder)[1][6] < expected
+    assert ran['model'].config.block_size == 16 and losses(project.folder)[1][6] < expected
     with pytest.raises(InputError, match='hf has n_layer=1, but this run asks for 2'):
         project.train(init_from='hf')
     with pytest.raises(InputError, match='hf has 32 positions'):
@@ -494,7 +503,7 @@ def test_finetunes_a_folder_in_hugging_face_format(project):
     ran, _ = project._in_process('train.py', options(base | dict(init_from='hf', adapter='dora', learning_rate=0.1)))
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(theirs, 'out')(ids[None, :32]).logits
-        torch.testing.assert_close(ran['raw_model'].eval()(ids[None, :32], ids[None, :32])[0], theirs,
+        torch.testing.assert_close(ran['model'].eval()(ids[None, :32], ids[None, :32])[0], theirs,
                                    atol=1e-4, rtol=1e-4)
 
 
@@ -538,10 +547,10 @@ def test_nanogpt_folder_and_checkpoint(project):
 def test_wandb_goes_on_after_a_resume(project):
     wandb = pytest.importorskip('wandb')
     ran, _ = project.train(wandb_log=True, wandb_run_name='test')
-    first = ran['log'].wandb_run.id
-    assert checkpoint.load('out/ckpt.pt')['wandb_id'] == first
-    ran, _ = project.resume(max_iters=8)
-    assert ran['log'].wandb_run.id == first and wandb.run is None
+    first = ran['report'].log.wandb_run.id
+    assert checkpoint.read_checkpoint('out/ckpt.pt')['wandb_id'] == first
+    ran, _ = project.resume(max_iters=8, wandb_log=True)  # a checkpoint does not choose to use an account
+    assert ran['report'].log.wandb_run.id == first and wandb.run is None
     runs = list((project.folder / 'wandb').glob('offline-run-*'))
     assert len(runs) == 2 and all(first in r.name for r in runs)
 
@@ -566,11 +575,13 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(device='cuda'), "device='cuda' is not available"),
     (dict(dtype='fp8'), "dtype='fp8' is not known"),
     (dict(attn_backend='fast'), "attn_backend='fast' is not known"),
-    (dict(compile='maybe'), "compile='maybe' must be"),
+    (dict(compile='maybe'), "compile='maybe' is not known: use auto or True or False or cuda_graphs"),
     (dict(total_batch_size=100), 'total_batch_size=100 tokens cannot be made'),
     (dict(arch='llama'), "arch='llama' is not known"), (dict(norm='batch'), "norm='batch' is not known"),
     (dict(optimizer='sgd'), "optimizer='sgd' is not known"), (dict(schedule='step'), "schedule='step' is not known"),
-    (dict(muon_iterations=9), 'muon_iterations=9 must be at most 6'), (dict(decay_part=2), 'decay_part=2.0 must be'),
+    (dict(optimizer='muon:9'), 'optimizer=muon:9: Muon takes 1 to 6 iterations'),
+    (dict(schedule='wsd:2'), 'the share of the steps that decays must be'),
+    (dict(schedule='cosine:0.5'), "schedule='cosine:0.5' is not known"),
     (dict(embd_lr=-1), 'embd_lr=-1.0 must be at least 0'),
     (dict(arch='modern', n_head=32, n_embd=96), 'n_embd=96 / n_head=32 is odd'),
     (dict(sharding='zero'), "sharding='zero' is not known: use fsdp"),
@@ -583,7 +594,8 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(checkpoint_activations='all'), "checkpoint_activations='all' is not known: use False or True or selective"),
     (dict(checkpoint_activations='selective', adapter='lora', init_from='base'), 'adapters change in place what'),
     (dict(memory_limit=12), 'memory_limit=12.0 is for a GPU, not for cpu'),
-    (dict(cuda_graphs=True), 'cuda_graphs is for one process on a GPU, compiled'),
+    (dict(compile='cuda_graphs'), 'compile=cuda_graphs is for one process on a GPU'),
+    (dict(accumulate='float64'), "accumulate='float64' is not known: use reduced or float32 or float16"),
     (dict(attn_backend='cudnn'), 'attn_backend=cudnn is for a GPU'),
     (dict(attn_backend='flash', document_mask=True), 'attn_backend=flash has no document_mask'),
     (dict(seed=-1), 'seed=-1 must be at least 0'), (dict(beta1=1.5), 'beta1=1.5 must be below 1'),
@@ -593,18 +605,19 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(init_from='resume'), 'no checkpoint out/ckpt.pt'),
     (dict(init_from='gpt2'), "gpt2 needs tokens of GPT-2's tokenizer"),
     (dict(matmul='fp7'), "matmul='fp7' is not known: use fp8"),
-    (dict(matmul='int8', matmul_gemms='all'), "matmul_gemms='all' must be some of fwd,dgrad,wgrad"),
-    (dict(matmul='sparse24', matmul_gemms='fwd'), 'belong together'),
-    (dict(matmul='int8', matmul_keep_last=2), 'matmul_keep_last=2: it must be from 0 to 1'),
-    (dict(matmul_until=1.5), 'matmul_until=1.5 must be at most 1'), (dict(prune=1), 'prune=1.0 must be below 1'),
+    (dict(matmul='int8:gemms=all'), "gemms=all must be some of fwd\\+dgrad\\+wgrad"),
+    (dict(matmul='sparse24:gemms=fwd'), 'belong together'),
+    (dict(matmul='int8:keep_last=2'), 'keep_last=2 must be from 0 to 1'),
+    (dict(matmul='int8:until=1.5'), 'until=1.5 must be from 0 to 1'), (dict(prune=1), 'share of zeros must be below 1'),
+    (dict(prune='half'), "prune='half' must be a share such as 0.5"),
     (dict(prune=0.5, train_minutes=1), 'give --train_minutes=0'),
-    (dict(matmul='ternary', matmul_until=0.5), 'ternary weights are the model'),
-    (dict(prune_start=0.9), 'prune_start=0.9 must not be above prune_end=0.7'),
+    (dict(matmul='ternary:until=0.5'), 'ternary weights are the model'),
+    (dict(prune='0.5:0.9-0.7'), 'it must begin before it ends'),
     (dict(weights_dtype='float16'), "weights_dtype='float16' is not known"),
     (dict(weights_dtype='bfloat16'), 'needs matmuls in it, but dtype is float32'),
     (dict(out_dir='data/tiny/val.bin/x'), 'cannot be written'),
     (dict(adapter='lora'), 'an adapter needs a base; set init_from'),
-    (dict(adapter='lorra', init_from='base'), "adapter='lorra' is not known: use lora, dora"),
+    (dict(adapter='lorra', init_from='base'), "adapter='lorra' is not known: use lora, or another of"),
     (dict(adapter='lora', init_from='base', adapter_targets='q_proj'), "the adapter is for 'q_proj', which"),
     (dict(adapter='lora', init_from='base', adapter_targets='.*'), 'only Linears of blocks can have one'),
     (dict(adapter='lora', init_from='base', optimizer='muon'), "optimizer='muon' is for the matrices of a base"),
@@ -614,16 +627,16 @@ def test_heavy_libraries_are_imported_only_when_used(project):
     (dict(adapter='lora', init_from='base', matmul='fp8', base_format='nf4'), 'leave one of them out'),
     (dict(adapter='lora', init_from='base', base_format='int4'), "base_format='int4' is not known"),
     (dict(adapter='lora', init_from='base', base_format='bfloat16'), 'needs matmuls in it, but dtype is float32'),
-    (dict(adapter='prefix', init_from='base'), 'num_virtual_tokens=16 leaves no room in block_size=16'),
-    (dict(adapter='prompt', init_from='base', num_virtual_tokens=4), 'use --block_size=12'),
+    (dict(adapter='prefix', init_from='base'), '16 virtual tokens leave no room in block_size=16'),
+    (dict(adapter='prompt', init_from='base', adapter_r=4), 'use --block_size=12'),
     (dict(adapter='lora', init_from='base', adapter_r=0), 'adapter_r=0 must be at least 1'),
     (dict(adapter='lora', init_from='base', adapter_dropout=1), 'adapter dropout 1.0 must be in'),
     (dict(adapter_from='nothere', init_from='base'), "no folder 'nothere' with an adapter"),
     (dict(base_format='nf4'), 'base_format=nf4 is for the base of an adapter'),
     (dict(document_mask=True, dataset='chars'), 'the tokenizer of data/chars has no end of text'),
-    (dict(document_mask=True, adapter='prompt', init_from='base', num_virtual_tokens=4, block_size=12),
+    (dict(document_mask=True, adapter='prompt', init_from='base', adapter_r=4, block_size=12),
      'document_mask would need the virtual tokens'),
-    (dict(document_mask=True, adapter='prefix', init_from='base', num_virtual_tokens=4, block_size=12),
+    (dict(document_mask=True, adapter='prefix', init_from='base', adapter_r=4, block_size=12),
      'document_mask would need the virtual tokens'),
 ])
 def test_bad_input_is_refused_and_nothing_overwritten(project, overrides, message):
@@ -640,7 +653,9 @@ def test_bad_input_is_refused_and_nothing_overwritten(project, overrides, messag
         pytest.skip('there is one')
     with pytest.raises(InputError, match=message):
         project.train(**overrides)
-    after = {p: p.read_bytes() for p in project.folder.rglob('*') if p.is_file() and 'wandb' not in p.parts}
+    # W&B's own files, and the lock, which goes when the process does
+    after = {p: p.read_bytes() for p in project.folder.rglob('*')
+             if p.is_file() and 'wandb' not in p.parts and not p.name.startswith('.run')}
     assert before == after
 
 
@@ -662,7 +677,7 @@ def test_interrupted_run_saves_and_can_go_on(project, signum):
             break
     out = run.stdout.read()
     assert run.wait(30) == 0 and 'go on with --init_from=resume --out_dir=out' in out
-    stopped = checkpoint.load('out/ckpt.pt')['iter_num']
+    stopped = checkpoint.read_checkpoint('out/ckpt.pt')['iter_num']
     assert stopped > 20
     project.resume(max_iters=stopped + 2, lr_decay_iters=100000)
     project.train(out_dir='straight', max_iters=stopped + 2, eval_interval=100000, dropout=0.1, lr_decay_iters=100000)
@@ -697,4 +712,4 @@ def test_interrupted_processes_save_once(project):
     out = run.stdout.read()
     run.wait(60)
     assert out.count('go on with --init_from=resume') == out.count('saving checkpoint') == 1
-    assert checkpoint.load('out/ckpt.pt')['iter_num'] > 20
+    assert checkpoint.read_checkpoint('out/ckpt.pt')['iter_num'] > 20

@@ -1,28 +1,33 @@
 """
 The source of every Python package that is installed here, and of the standard library: a large text without a network.
 
-  python data/pycode/prepare.py [--tokenizer=gpt2]        # with torch installed, 50 million tokens and more as bytes
+  python data/pycode/prepare.py                           # with torch installed, 50 million tokens or more
+  python data/pycode/prepare.py --tokenizer=gpt2
 
-A file is a document; copies of a file are left out, and a twentieth of the files are for validation.
+Each file is a document. Copies of a file are left out, and a twentieth of the files are for validation.
 """
 
-import os
 import sys
+from pathlib import Path
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(here, '..', '..'))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
 
-from configurator import report_errors  # noqa: E402
-from sologpt.tokens import corpus  # noqa: E402
-from sologpt.tokens.sources import Source, installed_code  # noqa: E402
+from configurator import configure
+from sologpt.tokens.corpus import Options, choose_tokenizer, prepare_corpus
+from sologpt.tokens.sources import Source, installed_code
+from sologpt.tokens.splits import SomeDocuments
 
-report_errors()
-parser = corpus.arguments(__doc__, tokenizer='bytes')
-parser.add_argument('--val', type=corpus.share, default=0.05, help='the part of the files kept for validation '
-                                                                   '(%(default)s)')
-args = parser.parse_args()
+tokenizer = 'bytes'  # bytes, chars, an encoding of tiktoken (gpt2), or the path of FILE.tiktoken or of a tokenizer.json
+val = 0.05  # the share of the files that is for validation
+tokens: int | str | None = None  # how many tokens to train on, such as 100M; None: all there are. The same command with
+# ... more tokens adds to them
+shard_tokens: int | str = '100M'  # how many tokens are in a file
+seed = 1337  # of the order of the files
+restart = False  # remove what has been prepared, and begin anew
+configure(globals())
+
+options, split = Options(tokens, shard_tokens, seed, restart), SomeDocuments(val)
 paths = installed_code()
 version = '.'.join(map(str, sys.version_info[:3]))
 source = Source(paths, name=f'packages of Python {version}, {len(paths):,} files')
-corpus.prepare(here, source, corpus.named_tokenizer(args.tokenizer, source), corpus.SomeDocuments(args.val),
-               args.tokens, args.shard_tokens, args.seed, args.restart)
+prepare_corpus(Path(__file__).parent, source, choose_tokenizer(tokenizer, source), split, options)

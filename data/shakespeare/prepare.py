@@ -4,20 +4,19 @@ Shakespeare (1.1 MB) in GPT-2's BPE: 301,966 tokens to train on, 36,059 to valid
   python data/shakespeare/prepare.py
 """
 
-import argparse
-import os
 import sys
+from pathlib import Path
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.join(here, '..', '..'), os.path.join(here, '..')]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
+sys.path.insert(1, str(Path(__file__).parents[1]))  # data/
 
-import tinyshakespeare  # noqa: E402
+import tinyshakespeare
 
-from configurator import report_errors  # noqa: E402
-from sologpt.tokens.corpus import write  # noqa: E402
-from sologpt.tokens.tokenizer import Tiktoken  # noqa: E402
+from configurator import configure
+from sologpt.tokens.corpus import write_texts
+from sologpt.tokens.tokenizer import Tiktoken
 
-report_errors()
-argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-splits = tinyshakespeare.splits(here)
-write(here, Tiktoken('gpt2'), splits, tinyshakespeare.URL)
+configure(globals())
+
+here = Path(__file__).parent
+write_texts(here, Tiktoken('gpt2'), tinyshakespeare.read_splits(here), tinyshakespeare.URL)

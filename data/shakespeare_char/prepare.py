@@ -4,20 +4,20 @@ Shakespeare (1.1 MB), one token per character: 1,003,854 tokens to train on, 111
   python data/shakespeare_char/prepare.py
 """
 
-import argparse
-import os
 import sys
+from pathlib import Path
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.join(here, '..', '..'), os.path.join(here, '..')]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
+sys.path.insert(1, str(Path(__file__).parents[1]))  # data/
 
-import tinyshakespeare  # noqa: E402
+import tinyshakespeare
 
-from configurator import report_errors  # noqa: E402
-from sologpt.tokens.corpus import write  # noqa: E402
-from sologpt.tokens.tokenizer import Chars  # noqa: E402
+from configurator import configure
+from sologpt.tokens.corpus import write_texts
+from sologpt.tokens.tokenizer import Chars
 
-report_errors()
-argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-splits = tinyshakespeare.splits(here)
-write(here, Chars(sorted(set(splits['train'][0] + splits['val'][0]))), splits, tinyshakespeare.URL)
+configure(globals())
+
+here = Path(__file__).parent
+splits = tinyshakespeare.read_splits(here)
+write_texts(here, Chars(sorted(set(splits['train'][0] + splits['val'][0]))), splits, tinyshakespeare.URL)

@@ -6,34 +6,44 @@ Your own text, in any language and of any size.
   python data/text/prepare.py crawl.jsonl.zst --field=content --tokenizer=gpt2
   python data/text/prepare.py roneneldan/TinyStories --tokenizer=gpt2       # a dataset of Hugging Face's hub
 
-Of a folder all .txt, .md, .jsonl and .parquet files are read, but for hidden ones. A file of text is a document, or
-several with <|endoftext|> between them; each line of .jsonl, and each row of .parquet, is one. Of fewer than 100
-documents the last tenth of each is for validation, otherwise a tenth of the documents, drawn by their text. A document
-of more than 4M characters counts as several. Writes data/<name>; train on it with --dataset=<name>.
+In a folder, all .txt, .md, .jsonl and .parquet files are read, except hidden ones. A text file is one document, or
+several with <|endoftext|> between them. Each line of .jsonl and each row of .parquet is one. A document of more than 4M
+characters counts as several. With fewer than 100 documents, the last tenth of each is for validation; otherwise a tenth
+of the documents. Writes data/<name>; train on it with --dataset=<name>.
 """
 
 import os
 import re
 import sys
+from pathlib import Path
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(here, '..', '..'))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project
 
-from configurator import InputError, report_errors  # noqa: E402
-from sologpt.tokens import corpus, sources  # noqa: E402
+from configurator import InputError, configure
+from sologpt.tokens.corpus import Options, choose_tokenizer, prepare_corpus
+from sologpt.tokens.sources import find_source
+from sologpt.tokens.splits import choose_split
 
-report_errors()
-parser = corpus.arguments(__doc__, tokenizer='bytes')
-parser.add_argument('files', nargs='+', metavar='FILE', help="file, folder, pattern, or the hub's owner/name[:config]")
-parser.add_argument('--field', default='text', help='with the text, of .jsonl and .parquet (%(default)s)')
-parser.add_argument('--val', type=corpus.share, default=0.1, help='the part kept for validation (%(default)s)')
-parser.add_argument('--name', default='text', help='the folder in data/ to write (%(default)s)')
-args = parser.parse_args()
-folder = os.path.join(os.path.dirname(here), args.name)
-if not re.fullmatch(r'\w[\w.-]*', args.name) or os.path.isfile(folder):
-    raise InputError(f'--name={args.name} must be the name of a folder in data/')
-if args.name != 'text' and os.path.exists(os.path.join(folder, 'prepare.py')):
-    raise InputError(f'--name={args.name}: data/{args.name} is of another script; choose another name')
-source = sources.find(args.files, args.field)
-corpus.prepare(folder, source, corpus.named_tokenizer(args.tokenizer, source), corpus.by_number(source, args.val),
-               args.tokens, args.shard_tokens, args.seed, args.restart)
+name = 'text'  # the folder in data/ to write
+field = 'text'  # the field with the text, in .jsonl and .parquet
+tokenizer = 'bytes'  # bytes, chars, an encoding of tiktoken (gpt2), or the path of FILE.tiktoken or of a tokenizer.json
+val = 0.1  # the share that is for validation
+tokens: int | str | None = None  # how many tokens to train on, such as 100M; None: all there are. The same command with
+# ... more tokens adds to them
+shard_tokens: int | str = '100M'  # how many tokens are in a file
+seed = 1337  # of the order of documents
+restart = False  # remove what has been prepared, and begin anew
+files = []
+configure(globals(), files=files)
+
+options = Options(tokens, shard_tokens, seed, restart)
+folder = os.path.join(Path(__file__).parents[1], name)
+if not files:
+    raise InputError('name at least one file, folder or pattern, or a dataset of the hub (--help shows examples)')
+if not re.fullmatch(r'\w[\w.-]*', name) or os.path.isfile(folder):
+    raise InputError(f'--name={name} must be the name of a folder in data/')
+if name != 'text' and os.path.exists(os.path.join(folder, 'prepare.py')):
+    raise InputError(f'--name={name}: data/{name} is of another script; choose another name')
+source = find_source(files, field)
+split = choose_split(source, val)
+prepare_corpus(folder, source, choose_tokenizer(tokenizer, source), split, options)

@@ -1,5 +1,5 @@
 """
-Many low-rank adapters over one model, a row of the batch each (Punica, https://arxiv.org/abs/2310.18547).
+Many low-rank adapters over one model, one for each row of the batch (Punica, https://arxiv.org/abs/2310.18547).
 """
 
 import torch
@@ -7,31 +7,39 @@ import torch.nn as nn
 
 from configurator import InputError
 
+Tensor = torch.Tensor
+
 
 class Batched(nn.Module):
-    """In the place of a Linear: to each row of a batch is added what a low-rank adapter of its own, or none, adds."""
+    """
+    Stands in the place of a Linear, which is its `base`: each row of a batch gets what its own low-rank adapter adds.
 
-    def __init__(self, base, slots, r, dtype):
+    slots_A: (slots, in, r), slots_B: (slots, r, out), all adapters; A, B: those that the rows have chosen.
+    """
+
+    def __init__(self, base: nn.Module, slots: int, r: int, dtype: torch.dtype):
         super().__init__()
         n_out, n_in = base.weight.shape
         self.base, self.A, self.B = base, None, None
         options = {'dtype': dtype, 'device': base.weight.device}
         self.slots_A, self.slots_B = torch.zeros(slots, n_in, r, **options), torch.zeros(slots, r, n_out, **options)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, in), of as many rows as have chosen -> (B, T, out)."""
         y = self.base(x)
         return torch.baddbmm(y, torch.bmm(x.to(self.A.dtype), self.A), self.B)
 
 
 class Bank:
     """
-    Low-rank adapters over one model, each in a slot: rows of a batch choose among them, and slot 0 is the model alone.
-    To load another adapter into a slot, or to choose anew for as many rows, changes values alone: nothing is compiled
+    Low-rank adapters over one model, each in a slot. Rows of a batch choose slots; slot 0 is the model alone.
+
+    To load another adapter into a slot, or to choose anew for as many rows, changes values only: nothing is compiled
     again, and the model's weights are never touched.
     """
 
-    def __init__(self, model, adapters, dtype):
-        """adapters: of each its low-rank matrices, name of a Linear -> (A, B); dtype: that of matmuls."""
+    def __init__(self, model: nn.Module, adapters: list[dict[str, tuple[Tensor, Tensor]]], dtype: torch.dtype):
+        """adapters: for each the name of a Linear -> (A, B), (r, in) and (out, r). dtype: of matmuls."""
         self.r = max(len(A) for matrices in adapters for A, _ in matrices.values())
         names = dict.fromkeys(name for matrices in adapters for name in matrices)
         self.parts = {name: Batched(model.get_submodule(name), len(adapters) + 1, self.r, dtype) for name in names}
@@ -41,22 +49,25 @@ class Bank:
             self.load(slot, matrices)
         self.select([0])
 
-    def load(self, slot, matrices):
-        """Put an adapter into a slot; rows that have chosen the slot keep what was there until the next select()."""
+    def load(self, slot: int, matrices: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """
+        Put an adapter into a slot. Rows that have chosen the slot keep what was there until the next select(). Raises
+        InputError if the bank has no room for the adapter.
+        """
         if not matrices.keys() <= self.parts.keys():
-            raise InputError(f'the adapter has {min(matrices.keys() - self.parts.keys())}, which none of those had '
-                             f'that the bank was made for')
+            raise InputError(f'the adapter has {min(matrices.keys() - self.parts.keys())}, which none of the adapters '
+                             f'had that the bank was made for')
         rank = max(len(A) for A, _ in matrices.values())
         if rank > self.r:
-            raise InputError(f'the adapter has rank {rank}, the bank room for {self.r}')
+            raise InputError(f'the adapter has rank {rank}, but the bank has room for {self.r}')
         for name, part in self.parts.items():
             part.slots_A[slot], part.slots_B[slot] = 0, 0
             if name in matrices:
                 A, B = matrices[name]
                 part.slots_A[slot, :, :len(A)], part.slots_B[slot, :len(A)] = A.mT, B.mT
 
-    def select(self, slots):
-        """slots: for each row of the batches to come the slot of its adapter."""
+    def select(self, slots: list[int]) -> None:
+        """Choose the slot of each row of the batches to come."""
         for part in self.parts.values():
             chosen = part.slots_A[slots], part.slots_B[slots]
             if part.A is not None and part.A.shape == chosen[0].shape:

@@ -1,4 +1,4 @@
-"""Scripts with nanoGPT's command line, run and timed: this project's, and a peer's in its own folder."""
+"""Scripts as processes of their own, run and timed; their command lines; and JSON files."""
 
 import contextlib
 import json
@@ -8,45 +8,50 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
-from configurator import InputError
+from configurator import InputError, resolve
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-_end = None  # of time_limit()
+TRAIN = os.path.join(ROOT, 'train.py')
+_end = None  # when the time of time_limit() is over
 
 
-def own(script, args):
-    """One of this project's scripts, in the current folder: what it printed. Raises InputError."""
-    return run(None, os.path.join(ROOT, script), args)[0]
+def run_own(script: str, args: list[str]) -> str:
+    """Run one of this project's scripts in the current folder. Returns what it printed. Raises InputError."""
+    return run_script(None, os.path.join(ROOT, script), args)[0]
 
 
-def run(folder, script, args):
-    """`python script args` in `folder`: (what it printed, seconds). Raises InputError with its error if it fails."""
+def run_script(folder: str | None, script: str, args: list[str]) -> tuple[str, float]:
+    """
+    Run `python script args` in `folder`; None is the current folder. Returns (what it printed, seconds). If it fails,
+    raises InputError with its own error.
+    """
     command = [sys.executable, script, *args]
     start, left = time.perf_counter(), None if _end is None else max(0.0, _end - time.monotonic())
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           start_new_session=left is not None) as child:
         try:
-            printed, said = child.communicate(timeout=left)
+            printed, errors = child.communicate(timeout=left)
         except subprocess.TimeoutExpired:
-            said = f'not done after {left:.0f} s'
+            errors = f'not done after {left:.0f} s'
         finally:
             child.kill()
             if left is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
     if child.returncode:
-        lines = said.strip().splitlines() or ['no message']
+        lines = errors.strip().splitlines() or ['no message']
         last = next((line for line in lines if line.startswith('error: ')), lines[-1]).removeprefix('error: ')
         raise InputError(f'{last}\n  in: {os.path.basename(script)} {" ".join(args)}')
     return printed, time.perf_counter() - start
 
 
 @contextlib.contextmanager
-def time_limit(seconds):
+def time_limit(seconds: float):
     """
-    Within it, all that run() and own() start has so many seconds together, and is ended with every process that it has
-    started: when it is done, when its time is over, and when this process is interrupted.
+    Give all that run_script() and run_own() start inside this context so many seconds together. A script is ended with
+    every process that it has started: when it is done, when the time is over, and when this process is interrupted.
     """
     global _end
     _end = time.monotonic() + seconds
@@ -56,34 +61,47 @@ def time_limit(seconds):
         _end = None
 
 
-def python(arguments):
-    """(what it printed, seconds, most bytes of memory) of a Python process. Raises InputError if it fails."""
+def run_python(arguments: list[str]) -> tuple[str, float, int]:
+    """
+    Run `python arguments` in the project's folder. Returns (what it printed, seconds, bytes of memory at most). Raises
+    InputError if it fails.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryFile() as printed:
         child = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=printed, stderr=subprocess.PIPE)
-        said = child.stderr.read()
+        errors = child.stderr.read()
         _, status, used = os.wait4(child.pid, 0)
         if status:
-            raise InputError(f'{(said.decode().strip().splitlines() or ["no message"])[-1]}\n  in: {arguments}')
+            raise InputError(f'{(errors.decode().strip().splitlines() or ["no message"])[-1]}\n  in: {arguments}')
         seconds = time.perf_counter() - start
         printed.seek(0)
         return printed.read().decode(), seconds, used.ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def check_peer(folder):
-    """The absolute path of another trainer's folder. Raises InputError if there is none."""
-    if not folder or not os.path.exists(os.path.join(folder, 'train.py')):
-        raise InputError(f'peer={folder!r}: give the folder of another trainer with its train.py, such as '
-                         f'--peer=../nanoGPT')
-    return os.path.abspath(folder)
+def flags(options: dict[str, Any]) -> list[str]:
+    """The options as arguments of a command line: --key=value."""
+    return [f'--{key}={value}' for key, value in options.items()]
 
 
-def write_json(path, value):
-    """Whole or not at all."""
+def resolve_train(train_args: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """train.py's config for these arguments, and the keys that they set, in order. Raises InputError."""
+    return resolve(TRAIN, train_args)
+
+
+def refuse_training(train_args: list[str]) -> None:
+    """Raise InputError if there are arguments for train.py: the suite does not run it."""
+    if train_args:
+        raise InputError(f'{" ".join(train_args)}: this suite trains nothing, so leave that out')
+
+
+def read_json(path: str) -> Any:
+    """The value in a JSON file."""
+    with open(path, encoding='utf-8') as f:
+        return json.load(f)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         json.dump(value, f, indent=1)
     os.replace(path + '.tmp', path)
-
-
-def flags(options):
-    return [f'--{key}={value}' for key, value in options.items()]

@@ -3,7 +3,8 @@
 import os
 
 from configurator import InputError
-from sologpt.files import checkpoint, hf_files
+from sologpt.files.checkpoint import find_checkpoint, read_checkpoint
+from sologpt.files.families import read_hf_model
 from sologpt.tokens import tokenizer, tokenizer_files
 
 
@@ -15,16 +16,21 @@ def read_model(source: str) -> tuple[dict, dict, dict]:
     source: an out_dir, a checkpoint, a folder in Hugging Face's format, or a name that is downloaded. Raises
     InputError.
     """
-    path = checkpoint.find(source) or source
+    path = find_checkpoint(source) or source
     if not path.endswith('.pt'):
-        model_args, weights, family, folder = hf_files.read(source)
-        described = tokenizer_files.read_folder(folder)
-        # a folder without a tokenizer has GPT-2's, if it is OpenAI's GPT-2, or a local one with as many ids
-        may_be_gpt2s = family == 'gpt2' and (os.path.isdir(source) or '/' not in source)
-        if described is None and not (may_be_gpt2s and model_args['vocab_size'] >= tokenizer.GPT2_VOCAB):
-            described = tokenizer.no_tokenizer(source)
-        return model_args, weights, {'tokenizer': described} if described else {}
-    saved = checkpoint.load(path, mmap=True)
+        model_args, weights, family, folder = read_hf_model(source)
+        return model_args, weights, _describe_tokenizer(source, folder, family, model_args['vocab_size'])
+    saved = read_checkpoint(path, mmap=True)
     if 'adapter' in saved:
         raise InputError(f"{path} holds an adapter alone: give its base, and the adapter's folder as an adapter")
     return saved['model_args'], saved.pop('model'), saved
+
+
+def _describe_tokenizer(source, folder, family, vocab_size):
+    """{'tokenizer': as to_dict() describes it}, or {} if it is that of OpenAI's GPT-2."""
+    described = tokenizer_files.read_tokenizer(folder)
+    # a folder without a tokenizer has GPT-2's, if the model is OpenAI's GPT-2, or a local one with as many ids
+    may_be_gpt2s = family == 'gpt2' and (os.path.isdir(source) or '/' not in source)
+    if described is None and not (may_be_gpt2s and vocab_size >= tokenizer.GPT2_VOCAB):
+        described = tokenizer.no_tokenizer(source)
+    return {'tokenizer': described} if described else {}

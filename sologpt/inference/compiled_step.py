@@ -1,8 +1,8 @@
 """
 The step from one token to the next, compiled.
 
-A GPU reads the weights of a small model in a fraction of the time in which a CPU launches the hundreds of kernels of
-one position. So the step works on tensors whose shapes and addresses stay. It is compiled once, to fewer kernels; on a
+One position of a small model needs hundreds of kernels. A CPU takes longer to launch them than a GPU takes to run them.
+So this step works on tensors whose shapes and addresses stay the same. It is compiled once, to fewer kernels, and on a
 GPU it is replayed as a CUDA graph, which is a single launch. The idea is gpt-fast's
 (https://github.com/meta-pytorch/gpt-fast).
 """
@@ -29,25 +29,27 @@ class BiasApart(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> 'BiasApart':
-        """The same Linear, sharing its parameters."""
+        """A layer that computes what `linear` computes, with the same parameters."""
         layer = cls(linear.in_features, linear.out_features, device='meta')
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight) + self.bias.to(matmul_dtype(x))
 
 
 class CompiledStep(Step):
     """
-    A Step that is compiled when it first begins, for that cache's batch and dtype, and again for others.
+    A Step that is compiled when it first begins, and again when the batch, the dtype or the device changes.
 
-    On a GPU the next call overwrites the logits that it returned. Weights may change their values, but not their place.
+    On a GPU, each call overwrites the logits that the call before it returned. The values of weights may change, but
+    not their addresses.
     """
 
     def __init__(self, model: nn.Module, backend: str = 'inductor'):
+        """model: its Linears with a bias are replaced by BiasApart. backend: torch.compile's."""
         super().__init__(model)
-        self.kind = None
+        self.kind = None  # what the step is compiled for: the batch, the dtype and the device of a cache
         self.seconds = 0.0  # spent compiling
         for name, layer in list(model.named_modules()):
             if type(layer) is nn.Linear and layer.bias is not None:
@@ -56,7 +58,7 @@ class CompiledStep(Step):
         options = {'coordinate_descent_tuning': True} if backend == 'inductor' else None
         self.compiled = torch.compile(self._logits, fullgraph=True, dynamic=False, backend=backend, options=options)
 
-    def _logits(self):
+    def _logits(self) -> torch.Tensor:
         x = self.model.contextual(self.model.transformer.wte(self.ids), self.cache)
         self.cache.position.add_(1)
         return self.model.lm_head(x[:, -1])
@@ -76,7 +78,8 @@ class CompiledStep(Step):
             self.seconds += time.perf_counter() - began
         self.cache.copy_from(cache)
 
-    def _capture(self) -> Callable:
+    def _capture(self) -> Callable[[], torch.Tensor]:
+        """A function that replays the compiled step and returns its logits, which stay in one place."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # nothing may compile or tune during the capture
@@ -90,6 +93,6 @@ class CompiledStep(Step):
             return logits
         return replay
 
-    def __call__(self, ids):
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         self.ids.copy_(ids)
         return self.run()

@@ -1,9 +1,14 @@
 """
 Contexts: what the tokens of a forward pass see.
 
-A context answers the model's three questions about positions: which rows of a table of positions the tokens have, what
-the embedding before each of them is, and which keys and values attention reads. So training, packed documents, an
+A context answers the model's three questions about positions: which rows of a table of positions the tokens take, which
+embedding stands before each of them, and which keys and values attention reads. So training, packed documents, an
 adapter's prefix and generation with a cache share one forward.
+
+    Context     the tokens of a row see one another
+    Documents   they see only their own document
+    KVCache     they also see positions that were computed before; it grows
+    FixedCache  the same in tensors that stay where they are, for a compiled step
 """
 
 import torch
@@ -14,75 +19,79 @@ Tensor = torch.Tensor
 
 
 class Context:
-    """The tokens see those before them in the same row, in every layer."""
-    length = 0  # positions before the tokens
+    """Each token sees itself and the tokens before it in the same row, in every layer."""
+    length = 0  # how many positions there are before the tokens
 
     def rows(self, table: Tensor, T: int) -> Tensor:
-        """The T tokens' rows of a table of positions, (block_size, ...). Raises ValueError beyond its end."""
+        """table: (block_size, ...) -> (T, ...), the rows of the T tokens. Raises ValueError beyond the table's end."""
         end = self.length + T
         if end > len(table):
             raise ValueError(f'{end} tokens, but block_size is {len(table)}')
         return table[self.length:end]
 
     def previous(self, x: Tensor) -> Tensor:
-        """x: (B, T, n_embd) -> at each position, x of the position before it; zeros where there is none."""
+        """x: (B, T, n_embd) -> (B, T, n_embd): for each position, x of the position before it, or zeros."""
         return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)[:, :-1]
 
     def layer(self, i: int) -> 'Context':
-        """The context of block number i."""
+        """The context in block number i, counted from 0."""
         return self
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """
-        k, v: (B, H, T, hd) of the tokens -> (k, v, mask): keys and values of all positions, and which of them each
-        token may see, as an attention kernel takes it.
+        k, v: (B, H, T, hd), of the tokens -> (k, v, mask).
+
+        k, v: (B, H, S, hd), of all S positions. mask: which of them each token may see, as attention.py describes it.
         """
         return k, v, None
 
 
 class Documents(Context):
-    """The tokens see those before them in their own document. The id eot begins a document."""
+    """Each token sees itself and the tokens before it in its own document."""
 
     def __init__(self, idx: Tensor, eot: int):
-        """idx: (B, T) ids."""
+        """idx: (B, T) ids. eot: the id that begins a document."""
         self.begins = idx == eot
         document = self.begins.cumsum(dim=1)
         self.mask = (document[:, :, None] == document[:, None]).tril()[:, None]  # (B, 1, T, T)
 
-    def previous(self, x):
+    def previous(self, x: Tensor) -> Tensor:
         return super().previous(x).masked_fill(self.begins[..., None], 0.0)
 
-    def append(self, k, v):
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return k, v, self.mask
 
 
 class KVCache(Context):
     """
-    The tokens also see all positions computed before. Their keys and values lie in memory that is allocated once.
-
-    n_layer, n_head, head_dim: the model's; batch: rows; positions: for how many there is room.
+    The tokens also see all positions that were computed before. Their keys and values lie in memory that is allocated
+    once.
     """
 
     def __init__(self, n_layer: int, n_head: int, head_dim: int, batch: int, positions: int):
-        self.last_embedding = None
+        """n_layer, n_head, head_dim: the model's. batch: rows. positions: how many there is room for."""
+        self.last_embedding: Tensor | None = None  # (B, 1, n_embd), of the newest position
         self.layers = [self.Layer((batch, n_head, positions, head_dim)) for _ in range(n_layer)]
 
     @property
-    def length(self):
+    def length(self) -> int:
         return self.layers[0].length
 
-    def previous(self, x):
+    def previous(self, x: Tensor) -> Tensor:
         before, self.last_embedding = self.last_embedding, x[:, -1:]
         return super().previous(x) if before is None else torch.cat([before, x], dim=1)[:, :-1]
 
-    def layer(self, i):
+    def layer(self, i: int) -> Context:
         return self.layers[i]
 
     class Layer(Context):
-        def __init__(self, shape):
+        """The keys and values of one block."""
+
+        def __init__(self, shape: tuple[int, int, int, int]):
+            """shape: (B, H, positions, hd)."""
             self.shape, self.length, self.k, self.v = shape, 0, None, None
 
-        def append(self, k, v):
+        def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             if self.k is None:  # allocated here because autocast decides the dtype
                 self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
             start, T = self.length, k.size(2)
@@ -93,20 +102,21 @@ class KVCache(Context):
 
 class FixedCache(Context):
     """
-    A copy of a KVCache in tensors whose shapes and addresses stay, as a compiled step needs them. The number of
-    positions is a tensor, too. One position at a time is added.
+    A copy of a KVCache in tensors whose shapes and addresses stay the same, as a compiled step needs them. The number
+    of positions is a tensor too. Tokens are appended one at a time.
     """
 
     def __init__(self, cache: KVCache, positions: int):
-        """Room for what `cache` holds, up to `positions` positions."""
+        """Make room for caches like `cache`, with up to `positions` positions. copy_from() fills it."""
         k = cache.layers[0].k
         B, H, _, hd = k.shape
-        # zeros, because what a query does not see is still multiplied, by zero
+        # zeros, because values that a query does not see are multiplied by zero, and not every number times 0 is 0
         self.layers = [self.Layer(self, *(k.new_zeros(B, H, positions, hd) for _ in range(2))) for _ in cache.layers]
         self.last_embedding = None if cache.last_embedding is None else torch.zeros_like(cache.last_embedding)
         self.position = torch.zeros(1, dtype=torch.long, device=k.device)
 
     def copy_from(self, cache: KVCache) -> None:
+        """Hold what `cache` holds."""
         self.position.fill_(cache.length)
         for ours, theirs in zip(self.layers, cache.layers, strict=True):
             ours.k[:, :, :cache.length] = theirs.k[:, :, :cache.length]
@@ -114,25 +124,27 @@ class FixedCache(Context):
         if self.last_embedding is not None:
             self.last_embedding.copy_(cache.last_embedding)
 
-    def rows(self, table, T):
+    def rows(self, table: Tensor, T: int) -> Tensor:
         return table.index_select(0, self.position)
 
-    def previous(self, x):
+    def previous(self, x: Tensor) -> Tensor:
         before = self.last_embedding.clone()
         self.last_embedding.copy_(x)
         return before
 
-    def layer(self, i):
+    def layer(self, i: int) -> Context:
         return self.layers[i]
 
     class Layer(Context):
-        def __init__(self, whole, k, v):
+        """The keys and values of one block, (B, H, positions, hd)."""
+
+        def __init__(self, whole: 'FixedCache', k: Tensor, v: Tensor):
             self.whole, self.k, self.v = whole, k, v
 
-        def rows(self, table, T):
+        def rows(self, table: Tensor, T: int) -> Tensor:
             return self.whole.rows(table, T)
 
-        def append(self, k, v):
+        def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             position = self.whole.position
             self.k.index_copy_(2, position, k)
             self.v.index_copy_(2, position, v)

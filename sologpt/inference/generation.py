@@ -2,14 +2,17 @@
 Drawing text from a model, token by token.
 
 A model here is anything with GPT's `next_logits(idx, context)`, `new_cache(batch, positions)`, `config` and
-`n_virtual`.
+`n_virtual`. stream() yields the ids of one position after another, and generate() returns all of them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+
+from sologpt.inference.contexts import KVCache
 
 Tensor = torch.Tensor
 
@@ -17,10 +20,11 @@ Tensor = torch.Tensor
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
     """
-    One id per row: (B, vocab_size) -> (B,).
+    Draw one id per row: (B, vocab_size) -> (B,).
 
-    temperature 0 takes the likeliest id. top_k draws among the k likeliest ids. top_p draws among the likeliest ids
-    that together have probability p (https://arxiv.org/abs/1904.09751).
+    temperature: 0 takes the likeliest id. top_k: draw among the k likeliest ids; None or 0: among all. top_p: draw
+    among the likeliest ids that together have probability p (https://arxiv.org/abs/1904.09751). generator: where random
+    numbers come from; None: torch's own.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -31,45 +35,45 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
     probs = F.softmax(logits, dim=-1)
     if top_p is not None and top_p < 1:
         ordered, ids = probs.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # the probability of all likelier ones
+        before = ordered.cumsum(dim=-1) - ordered  # the probability of all likelier ids together
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-    # as torch.multinomial draws; that also checks the probabilities, and so waits for the device
+    # This draws what torch.multinomial draws. But that also checks the probabilities, and so waits for the device.
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
 
 
 class Step:
     """Computes the logits of the position after those of a KVCache, and adds the position to it."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
 
-    def begin(self, cache) -> None:
-        """Go on from this cache."""
+    def begin(self, cache: KVCache) -> None:
+        """Go on from this cache. It has to hold at least one position."""
         self.cache = cache
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids: (B, 1) -> (B, vocab_size)"""
+        """ids: (B, 1), the newest position's -> (B, vocab_size), the logits of the next position."""
         return self.model.next_logits(ids, self.cache)
 
 
 @torch.no_grad()
-def stream(model, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+def stream(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None, eot: int | None = None, window_step: int = 1,
-           generator: torch.Generator | None = None, step: Callable | None = None) -> Iterator[Tensor]:
+           generator: torch.Generator | None = None, step: Step | None = None) -> Iterator[Tensor]:
     """
     Continue idx, (B, T) ids: yields (B,) ids, max_new_tokens times, without waiting for the device.
 
-    temperature, top_k, top_p: see sample(). A row that has drawn `eot` repeats it. step: what computes one new
-    position; None means a Step.
+    temperature, top_k, top_p, generator: see sample(). eot: a row that has drawn this id repeats it. step: what
+    computes one new position; None means a Step.
 
     Up to block_size tokens, each step computes its one new position against cached keys and values. Beyond, the window
-    moves, and with learned positions every move computes the whole window again. With window_step=1 it moves for each
-    token, as nanoGPT does. Otherwise it moves once in window_step tokens, so that the context has between block_size -
-    window_step + 1 and block_size tokens.
+    of tokens that the model sees moves, and every move computes the whole window again. With window_step=1 it moves for
+    each token, as nanoGPT does. Otherwise it moves once in window_step tokens, so that the model sees between
+    block_size - window_step + 1 and block_size tokens.
     """
     step = step or Step(model)
     block_size = model.config.block_size - model.n_virtual
-    length = None
+    length = None  # tokens in the window
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         if length is None or length == block_size:
@@ -93,11 +97,11 @@ def stream(model, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, to
         yield next_ids
 
 
-def generate(model, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+def generate(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
              eot: int | None = None, **options) -> Tensor:
     """
-    idx, (B, T) ids, with what stream() continues it by: (B, T + max_new_tokens). It ends early when every row has drawn
-    `eot`. options: stream()'s.
+    idx, (B, T) ids, and its continuation by stream(): (B, T + max_new_tokens) ids. It ends earlier if every row has
+    drawn `eot`. options: see stream().
     """
     new = []
     for ids in stream(model, idx, max_new_tokens, temperature, top_k, eot=eot, **options):
@@ -107,10 +111,13 @@ def generate(model, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, 
     return torch.cat([idx] + [ids[:, None] for ids in new], dim=1)
 
 
-def lists_of(stream: Iterator[Tensor]) -> Iterator[list[int]]:
-    """The ids of a stream() as lists. Each is waited for while the device computes the next."""
+def lists_of(steps: Iterator[Tensor]) -> Iterator[list[int]]:
+    """
+    Yields the ids of each step of a stream() as a list. While it waits for one step's ids, the device computes the next
+    ones.
+    """
     coming = []
-    for ids in stream:
+    for ids in steps:
         copied = ids.to('cpu', non_blocking=ids.is_cuda)
         coming.append((copied, torch.cuda.current_stream().record_event() if ids.is_cuda else None))
         if len(coming) == 2:
@@ -120,6 +127,7 @@ def lists_of(stream: Iterator[Tensor]) -> Iterator[list[int]]:
 
 
 def _arrived(ids, event):
+    """The ids as a list, when their copy is complete."""
     if event:
         event.synchronize()
     return ids.tolist()

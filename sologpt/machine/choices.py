@@ -1,5 +1,7 @@
 """
-What 'auto' chooses: the dtype of matmuls, the attention kernel, whether to compile.
+What 'auto' chooses on this machine: the dtype of matmuls, the attention kernel, whether to compile.
+
+Each choice is returned as (value, why), so that a run can print the reason.
 """
 
 import contextlib
@@ -15,12 +17,12 @@ from sologpt.machine import clock, devices
 GPU_ATTENTION = {'cudnn': SDPBackend.CUDNN_ATTENTION, 'flash': SDPBackend.FLASH_ATTENTION}
 
 
-def find_dtype(name, device, shape=None):
+def find_dtype(name: str, device: torch.device, shape: tuple[int, int, int] | None = None) -> tuple[str, str]:
     """
-    (dtype name, why) of the matmuls for 'auto' or a name that is checked against the device.
+    (a dtype's name, why): the dtype of matmuls for 'auto', or the given one if the device can compute in it.
 
-    On a CPU 'auto' measures: bfloat16 if it is at least 1.2 times as fast as float32 for a Linear of the run's
-    `shape` (rows, in, out), forward and backward. Raises InputError.
+    On a CPU 'auto' measures a Linear of `shape`, (rows, in, out), forward and backward. It takes bfloat16 if that is at
+    least 1.2 times as fast as float32. Raises InputError.
     """
     if name != 'auto' and name not in devices.DTYPES:
         raise InputError(f'dtype={name!r} is not known: use auto, {", ".join(devices.DTYPES)}')
@@ -40,33 +42,37 @@ def find_dtype(name, device, shape=None):
     elif name == 'auto':
         return 'float32', 'the default on this device'
     elif name == 'float16':
-        raise InputError(f'dtype=float16 needs loss scaling, which {device.type} has not: use bfloat16 or float32')
+        raise InputError(f'dtype=float16 needs loss scaling, which {device.type} does not have: use bfloat16 or '
+                         f'float32')
     return name, 'as asked'
 
 
-def cpu_has_float16():
+def cpu_has_float16() -> bool:
+    """Whether this CPU computes in float16."""
     cpu = devices.cpu_capabilities()
     return bool(cpu.get('avx512_fp16') or cpu.get('amx_fp16') or cpu.get('architecture') == 'aarch64')
 
 
-def has_float8(device):
-    """Whether torch casts to its 8-bit floats there, also when it compiles."""
+def has_float8(device: torch.device) -> bool:
+    """Whether torch can cast to its 8-bit floats on this device, also in compiled code."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 9) or torch.__version__ >= '2.13'
     return device.type == 'cpu'
 
 
-def cpu_has_int8():
-    """Whether torch multiplies int8 by this CPU's own instructions; without them it is a plain loop."""
+def cpu_has_int8() -> bool:
+    """Whether this CPU has instructions for int8 matmuls that torch uses. Without them torch runs a plain loop."""
     return bool(devices.cpu_capabilities().get('avx512_vnni'))
 
 
-def find_attn_backend(name, device, dtype, block_size, shape=None):
+def find_attn_backend(name: str, device: torch.device, dtype: str, block_size: int,
+                      shape: tuple[int, int, int, int] | None = None) -> tuple[str, str]:
     """
-    (a backend, why) for 'auto', or for a name that is checked. On a CPU two plain matmuls and a softmax beat torch's
-    flash kernel, whose small inner products run at a fraction of the matmul rate, until the (T, T) scores cost more
-    (T=1024, in float32 T=512). On a GPU, in 16 bits, the fastest forward and backward with a `shape` of (B, H, T, hd);
-    without one torch chooses. Raises InputError.
+    (a backend, why): the attention kernel for 'auto', or the given one if it fits the device.
+
+    On a CPU 'auto' goes by length: up to 1024 tokens (in float32, 512) two plain matmuls and a softmax are faster than
+    torch's flash kernel, whose small inner products run at a fraction of the matmul rate. On a GPU in 16 bits 'auto'
+    measures forward and backward with `shape`, (B, H, T, hd); None leaves the choice to torch. Raises InputError.
     """
     if name not in ('auto', 'sdpa', 'math', *GPU_ATTENTION):
         raise InputError(f'attn_backend={name!r} is not known: use auto, sdpa, math, {" or ".join(GPU_ATTENTION)}')
@@ -87,8 +93,8 @@ def find_attn_backend(name, device, dtype, block_size, shape=None):
     return min(found, key=found.get), ', '.join(f'{kernel} {1000 * s:.2f} ms' for kernel, s in found.items())
 
 
-def can_compile(device):
-    """(whether torch.compile pays and works here, why not). Compiles a small function on a GPU to find out."""
+def can_compile(device: torch.device) -> tuple[bool, str]:
+    """(whether torch.compile works and pays here, why). On a GPU it compiles a small function to find out."""
     if device.type != 'cuda':
         return False, f'on {device.type} it gains little and takes a minute'
     if sys.platform == 'win32':
@@ -98,10 +104,11 @@ def can_compile(device):
         torch.compile(lambda t: (t @ t).relu().sum())(x)
     except Exception as e:
         return False, f'{type(e).__name__}: {str(e).splitlines()[0][:100]}'
-    return True, ''
+    return True, 'it works here'
 
 
-def _linear_seconds(dtype, rows, n_in, n_out):
+def _linear_seconds(dtype: torch.dtype, rows: int, n_in: int, n_out: int) -> float:
+    """Seconds of a Linear's forward and backward in dtype, for at most 512 rows."""
     x = torch.ones(min(rows, 512), n_in, requires_grad=True)
     w = torch.ones(n_out, n_in, requires_grad=True)
 
@@ -111,8 +118,8 @@ def _linear_seconds(dtype, rows, n_in, n_out):
     return clock.shortest_seconds(run, torch.device('cpu'))
 
 
-def _attention_seconds(kernel, device, dtype, shape):
-    """Raises RuntimeError where torch has it not."""
+def _attention_seconds(kernel: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
+    """Seconds of causal attention, forward and backward. Raises RuntimeError if torch does not have the kernel here."""
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
 
     def run():

@@ -1,5 +1,5 @@
 """
-Devices: which one a run uses, what it is called, how it is set up, how much memory it has.
+Devices: which one a run uses, what it is called, how it is set up, and how much memory it has.
 """
 
 import contextlib
@@ -8,17 +8,19 @@ import math
 import os
 import platform
 import sys
+from typing import Any
 
 import torch
 
 from configurator import InputError
 from sologpt.machine import clock
 
+# by the names that train.py's key dtype has for them
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
-def find_device(name):
-    """The torch.device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. Raises InputError if it is not there."""
+def find_device(name: str) -> torch.device:
+    """The device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. Raises InputError if this machine does not have it."""
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
@@ -34,8 +36,8 @@ def find_device(name):
     return device
 
 
-def device_name(device):
-    """What the device calls itself: 'NVIDIA H200', 'AMD EPYC, 2 threads'."""
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, such as 'NVIDIA H200' or 'AMD EPYC, 2 threads'."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     if device.type == 'cpu':
@@ -43,94 +45,116 @@ def device_name(device):
     return device.type.upper()
 
 
-def versions():
-    """What a measured figure has to name: the device and the versions under it."""
+def versions() -> dict[str, str]:
+    """The device and the versions of torch and Python, which a measured figure has to name."""
     device = find_device('auto')
     return {'device': device_name(device), 'torch': torch.__version__, 'python': platform.python_version()}
 
 
-def prepare(device, tf32=True, reduced_precision=True, fp16_accumulation=False):
-    """
-    Process-wide settings, to be made before anything is computed.
+# how a GPU's 16-bit matmuls add up: (partial sums of a split matmul in 16 bits, all sums of float16 in float16)
+ACCUMULATE = {'reduced': (True, False), 'float32': (False, False), 'float16': (True, True)}
 
-    On a GPU: TF32 for float32 matmuls if `tf32`; partial sums of 16-bit matmuls in 16 bits where a kernel adds several
-    if `reduced_precision`, and all sums of float16's if `fp16_accumulation`. On a CPU: float32 matmuls by MKL or by
-    oneDNN, whichever is faster here (on AMD oneDNN, twice; on Intel MKL, by a tenth), and freed memory stays with the
-    process: glibc otherwise returns every large activation to the system and takes it back page by page in the next
-    step (16 % of a step at width 384).
+
+def prepare_device(device: torch.device, tf32: bool = True, accumulate: str = 'reduced') -> None:
+    """
+    Make the settings of the whole process that suit the device, before anything is computed.
+
+    tf32: on a GPU, float32 matmuls round their inputs to TF32. accumulate: on a GPU, how 16-bit matmuls add up:
+      'reduced'  where a kernel adds several partial sums, it may add them in 16 bits (torch's default)
+      'float32'  all sums are in float32
+      'float16'  float16 matmuls add up in float16: fast on GeForce cards, but sums lose digits and may overflow
     """
     if device.type == 'cuda':
         if device.index is not None:
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
         matmuls = torch.backends.cuda.matmul
-        matmuls.allow_fp16_reduced_precision_reduction = reduced_precision
-        matmuls.allow_bf16_reduced_precision_reduction = reduced_precision
-        matmuls.allow_fp16_accumulation = fp16_accumulation
+        reduced, matmuls.allow_fp16_accumulation = ACCUMULATE[accumulate]
+        matmuls.allow_fp16_reduced_precision_reduction = reduced
+        matmuls.allow_bf16_reduced_precision_reduction = reduced
     if device.type == 'cpu':
-        if sys.platform == 'linux':
-            with contextlib.suppress(OSError, AttributeError):
-                mallopt = ctypes.CDLL(None).mallopt
-                mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
-                mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        a = random_matrix(256, device, torch.float32)
-        seconds = {}
-        for precision in ('highest', 'medium'):  # MKL, oneDNN
-            torch.set_float32_matmul_precision(precision)
-            seconds[precision] = clock.shortest_seconds(lambda: a @ a, device, budget=0.03)
-        # 'medium' is set now; on CPUs with AMX oneDNN then computes in bfloat16, which the product shows
-        exact = a.double() @ a.double()
-        inexact = (a @ a - exact).abs().max() > 1e-5 * exact.abs().max()
-        if inexact or seconds['highest'] < seconds['medium']:
-            torch.set_float32_matmul_precision('highest')
+        _keep_freed_memory()
+        _choose_float32_matmul(device)
 
 
-def autocast(device, dtype):
-    """The context for forward passes: matmuls in `dtype` (a name), everything else as torch's autocast decides."""
+def _keep_freed_memory() -> None:
+    """
+    Let freed memory stay with the process. glibc otherwise returns each large activation to the system, and takes it
+    back page by page in the next step: 16 % of a step at width 384.
+    """
+    if sys.platform == 'linux':
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
+            mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def _choose_float32_matmul(device: torch.device) -> None:
+    """
+    Let MKL or oneDNN multiply float32 matrices on this CPU, whichever is faster as long as it is exact.
+
+    On AMD oneDNN takes half the time; on Intel MKL is a tenth faster.
+    """
+    a = random_matrix(256, device, torch.float32)
+    seconds = {}
+    for precision in ('highest', 'medium'):  # MKL, oneDNN
+        torch.set_float32_matmul_precision(precision)
+        seconds[precision] = clock.shortest_seconds(lambda: a @ a, device, budget=0.03)
+    # 'medium' is set now. On a CPU with AMX, oneDNN then computes in bfloat16: the product shows it
+    exact = a.double() @ a.double()
+    inexact = (a @ a - exact).abs().max() > 1e-5 * exact.abs().max()
+    if inexact or seconds['highest'] < seconds['medium']:
+        torch.set_float32_matmul_precision('highest')
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
+    """The context for forward passes: matmuls are in `dtype`, a name; torch's autocast decides about the rest."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[dtype])
 
 
 def matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which an nn.Linear would multiply x: autocast's, or its own."""
+    """The dtype in which an nn.Linear would multiply x: autocast's, or x's own."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def give_back_memory():
-    """Return what the process has freed to the system, which otherwise, after prepare(), stays with it."""
+def give_back_memory() -> None:
+    """Return freed memory to the system. After prepare_device() it otherwise stays with the process."""
     if sys.platform == 'linux':
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def seed(device, value):
-    """torch.manual_seed for this device alone: cheap enough for every step."""
+def seed_device(device: torch.device, value: int) -> None:
+    """torch.manual_seed() for this device alone, which is cheap enough for every step."""
     if device.type == 'cpu':
         torch.default_generator.manual_seed(value)
     else:
         getattr(torch, device.type).manual_seed(value)
 
 
-def memory_limit(device, gigabytes=0.0):
+def usable_memory(device: torch.device, gigabytes: float = 0.0) -> float:
     """
-    Bytes that this process may take of a GPU: what is free, or, from now on, `gigabytes` at most. Of a CPU, 9/10 of all
-    that the machine has.
+    The bytes that this process may use: on a GPU what is free, on a CPU 9/10 of the machine's memory.
+
+    gigabytes: a limit in GB (1e9 bytes); 0: none. A limit on a GPU holds from now on: torch raises OutOfMemoryError
+    beyond it.
     """
     if device.type == 'cuda':
-        free, there_is = torch.cuda.mem_get_info(device)
-        if gigabytes:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / there_is))  # of prepare()'s device
-        there_is = free + torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        if gigabytes:  # without a device number it is the one that prepare_device() has set
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
+        usable = free + torch.cuda.memory_reserved(device)
     elif hasattr(os, 'sysconf'):
-        there_is = 0.9 * os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+        usable = 0.9 * os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     else:
-        there_is = math.inf
-    return min(there_is, gigabytes * 1e9 or math.inf)
+        usable = math.inf
+    return min(usable, gigabytes * 1e9 or math.inf)
 
 
-def peak_memory_gb(device):
-    """The most memory held so far, in GB (1e9 bytes): of the GPU's allocator, or of the process on a CPU."""
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far, in GB (1e9 bytes): by a GPU's allocator, or on a CPU by the process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == 'mps':
@@ -142,11 +166,15 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
 
-def cpu_capabilities():
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows about this CPU: its name, and the instructions that it has."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else {}
 
 
-def random_matrix(n, device, dtype):
-    """Without touching the global random state, and not constant: a GPU clocks higher on constant data."""
+def random_matrix(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """
+    An (n, n) matrix to measure matmuls with. It leaves the global random state as it is. It is not constant, because a
+    GPU clocks higher on constant data.
+    """
     generator = torch.Generator(device).manual_seed(0)
     return torch.empty(n, n, device=device).uniform_(-1, 1, generator=generator).to(dtype)

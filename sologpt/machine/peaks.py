@@ -1,5 +1,5 @@
 """
-Peaks: how fast a device can multiply, by its datasheet or as measured.
+Peaks: how fast a device can multiply, from its datasheet or measured.
 """
 
 import re
@@ -9,8 +9,8 @@ import torch
 from sologpt.machine import clock, devices
 
 # Dense peaks in TFLOP/s from the vendors' datasheets: (float32, TF32, bfloat16, float16), None where the hardware has
-# no such units. Products of 16-bit numbers are summed in float32. The keys are matched against the whole device name
-# (less the vendor), so that an "A40" is not an "RTX A4000" and a laptop's 4070 is not a desktop's.
+# no such units. Products of 16-bit numbers are summed in float32. A pattern has to match the whole name of the device,
+# without its vendor, so that an "A40" is not an "RTX A4000", and a laptop's 4070 is not a desktop's.
 _PEAK_TFLOPS = {
     r'V100-SXM2-\d+GB': (15.7, None, None, 125), r'V100-PCIE-\d+GB': (14, None, None, 112),
     r'T4': (8.1, None, None, 65),
@@ -35,8 +35,11 @@ _PEAK_TFLOPS |= {f'RTX {name}': (half / 2, half / 2, half, half) for name, half 
     '5060': 38.4, '5060 Ti': 47.4, '5070': 61.7, '5070 Ti': 87.9, '5080': 112.6, '5090': 209.5}.items()}
 
 
-def datasheet_flops(name, dtype, tf32=True):
-    """Dense peak in FLOP/s of the device called `name` for `dtype`, or None if the table has no such device."""
+def datasheet_flops(name: str, dtype: str, tf32: bool = True) -> float | None:
+    """
+    The dense peak, in FLOP/s, of the device called `name` for matmuls in `dtype`; None if the table does not have it.
+    tf32: float32 matmuls may use TF32.
+    """
     name = re.sub(r'^(NVIDIA|AMD) |\b(GeForce|Tesla|Instinct) ', '', name)
     for pattern, (fp32, tf32_peak, bf16, fp16) in _PEAK_TFLOPS.items():
         if re.fullmatch(pattern, name.strip()):
@@ -45,11 +48,12 @@ def datasheet_flops(name, dtype, tf32=True):
     return None
 
 
-def peak_flops(device, dtype, override=None, tf32=True):
+def find_peak(device: torch.device, dtype: str, override: float | None = None,
+              tf32: bool = True) -> tuple[float, str]:
     """
     (FLOP/s that MFU is measured against, where the figure comes from).
 
-    `override` if given; the datasheet's dense peak for a known GPU; otherwise the rate of a large matmul, measured.
+    It is `override` if that is given, else a known GPU's datasheet peak, else the measured rate of a large matmul.
     """
     if override:
         return override, 'as given by peak_flops'
@@ -60,11 +64,11 @@ def peak_flops(device, dtype, override=None, tf32=True):
     return measured, f'a large {dtype} matmul, measured now; no datasheet figure for this device'
 
 
-def matmul_flops(device, dtype):
-    """FLOP/s of a large matmul, measured now; dtype: torch's."""
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The FLOP/s of a large matmul, measured now."""
     n = {'cuda': 8192, 'cpu': 1024}.get(device.type, 4096)
     a = devices.random_matrix(n, device, dtype)
     rate = 2 * n ** 3 / clock.shortest_seconds(lambda: a @ a, device)
     if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)  # the run's peak is not this one
+        torch.cuda.reset_peak_memory_stats(device)  # so that these matrices do not count as the run's peak
     return rate

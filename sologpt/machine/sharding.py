@@ -1,32 +1,40 @@
 """
-How processes share a model: whole in each (DDP), or a share in each (FSDP).
+How processes hold a model: each the whole of it (DDP), or each a share of it (FSDP).
+
+A share is a DTensor: this process's rows of a parameter, of its gradient, or of an optimizer's state.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def replicate(model, device):
-    """The model, whole on `device` in every process, as a module whose backward averages the gradients."""
+def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """A module around the model that averages the gradients of all processes in its backward."""
     return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False,  # constants
-        gradient_as_bucket_view=True)  # there is no second copy of them
+        model, device_ids=[device.index] if device.type == 'cuda' else None,
+        broadcast_buffers=False,  # they are constants
+        gradient_as_bucket_view=True)  # no second copy of the gradients
 
 
-def shard(model, device, dtype, compile):
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None, compile: bool) -> None:
     """
-    From here on each process holds its rows of every parameter, on `device`; the model, the same in all of them, is on
-    the CPU before, and goes there a block at a time. Only in loss() and next_logits() is it a whole: all processes have
-    to call them together.
+    Let each process hold only its rows of every parameter, on `device`.
 
-    dtype: in which a block's matrices are gathered; None: as they are. Those of plain Linears are to be gathered in
-    that of their matmuls: what autocast makes of float32 ones is kept for the backward, of all blocks at once.
-    compile: each block by itself.
+    Before, the model is on the CPU and the same in all processes; it goes to the device a block at a time. Afterwards
+    its parameters are whole only within loss() and next_logits(), which all processes have to call together.
 
-    Gradients are divided after each backward, not once per step: until then they would be as large as the model.
+    dtype: in which a block's matrices are gathered; None: as they are. For plain Linears it should be the dtype of
+    their matmuls: if they were gathered in float32, autocast's copies would be kept for the backward, of all blocks at
+    once. compile: each block by itself.
+
+    Gradients are reduced to shares after each backward, not once per step: until then they would be as large as the
+    model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -45,15 +53,18 @@ def shard(model, device, dtype, compile):
         register_fsdp_forward_method(model, method)
 
 
-def is_share(tensor):
-    """Whether it is a DTensor, told without the second that importing them takes."""
+def is_share(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor. To import their class takes a second, so this asks for one of its methods."""
     return hasattr(tensor, 'full_tensor')
 
 
-def one_each(shares, function):
+def one_each(shares: Sequence[torch.Tensor],
+             function: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
     """
-    Yields (i, this process's rows of function(i, shares[i] made whole)), of matrices whose shape function leaves. Each
-    process gathers and computes one of n of them, and has no other whole.
+    Yields (i, this process's rows of function(i, the whole matrix of shares[i])) for each share.
+
+    Of n matrices each of the n processes gathers one, and computes its function: no process holds another whole. The
+    function has to leave the shape as it is.
     """
     rank, n = dist.get_rank(), dist.get_world_size()
     for first in range(0, len(shares), n):
@@ -62,8 +73,8 @@ def one_each(shares, function):
         mine = shares[first + rank] if rank < len(rows) else rows[0].new_empty(0, 0)
         height, width = mine.shape
         most = math.ceil(height / n)
-        of_mine = [max(0, min(most, height - i * most)) * width for i in range(n)]  # elements that each process has
-        # every process has rows that follow each other: what arrives, in the order of processes, is the whole matrix
+        of_mine = [max(0, min(most, height - i * most)) * width for i in range(n)]  # elements that each process holds
+        # each process holds adjacent rows: what arrives, in the order of the processes, is the whole matrix
         whole, results = rows[0].new_empty(height * width), rows[0].new_empty(sum(lengths))
         dist.all_to_all_single(whole, torch.cat([t.flatten() for t in rows]), of_mine, lengths)
         if rank < len(rows):
@@ -73,10 +84,11 @@ def one_each(shares, function):
             yield i, result.view_as(t)
 
 
-def share(state, of):
+def share_state(state: dict[str, torch.Tensor], of: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    An optimizer's state of the parameter `of`, name -> tensor on any device, whole: as this process holds it, if `of`
-    is a share.
+    This process's share of an optimizer's state for the parameter `of`.
+
+    state: name -> the whole tensor, on any device. It is returned as it is if `of` is no share.
     """
     if not is_share(of):
         return state
@@ -84,17 +96,19 @@ def share(state, of):
     rows = math.ceil(len(of) / dist.get_world_size())
 
     def own(tensor):
-        tensor = tensor[dist.get_rank() * rows:][:rows].to(of.device, copy=True)  # from what may be a file
+        tensor = tensor[dist.get_rank() * rows:][:rows].to(of.device, copy=True)  # a mapped file may hold it
         return DTensor.from_local(tensor, of.device_mesh, of.placements, run_check=False, shape=of.shape,
                                   stride=of.stride())
     return {key: own(tensor) if tensor.shape == of.shape else tensor for key, tensor in state.items()}
 
 
 @torch.no_grad()
-def whole(value):
+def gather_whole(value: Any) -> Any:
     """
-    A state dict with each share gathered, on the first process's CPU; elsewhere None stands in its place. One tensor
-    at a time: a device never holds more. All processes have to call it together. What is no share stays as it is.
+    A state dict with each share gathered on the first process's CPU; in the other processes None takes its place.
+
+    All processes have to call it together. Tensors are gathered one at a time, so that a device never holds more. What
+    is no share stays as it is.
     """
     gathered = {}  # a parameter with two names stays one
 
@@ -104,7 +118,7 @@ def whole(value):
         if not is_share(value):
             return value.detach() if isinstance(value, torch.Tensor) else value
         if id(value) not in gathered:
-            tensor = value.full_tensor()  # in more memory than it needs, where the shares are not of one size
+            tensor = value.full_tensor()  # its storage is too large if the shares differ in size; the copy is not
             gathered[id(value)] = tensor.to('cpu', copy=True) if dist.get_rank() == 0 else None
         return gathered[id(value)]
     return gather(value)

@@ -30,6 +30,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
+def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """
+    sdpa() without a cache, a mask or dropout (T = S): (B, H, T, hd). It is one operation for every length, T = 1
+    included, as torch.export needs it.
+    """
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 def single_query(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor) -> Tensor:
     """
     Attention of one query (T = 1), written out in sums: (B, H, 1, hd).
@@ -71,4 +79,5 @@ def _prefer(kernel: SDPBackend) -> Callable:
     return attention
 
 
-ATTENTION = {'sdpa': sdpa, 'math': math_attention} | {name: _prefer(kernel) for name, kernel in GPU_ATTENTION.items()}
+ATTENTION = {'sdpa': sdpa, 'causal': causal_sdpa, 'math': math_attention,
+             **{name: _prefer(kernel) for name, kernel in GPU_ATTENTION.items()}}

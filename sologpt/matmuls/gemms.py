@@ -1,32 +1,33 @@
 """
-The three matmuls of a Linear by a recipe, with their backward.
+The three matmuls of a Linear by a recipe, as an autograd.Function.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from sologpt.matmuls.formats import (
-    Encoded,
-    Format,
-)
-from sologpt.matmuls.products import (
-    cast,
-)
+from sologpt.matmuls.formats import Encoded, Format
+from sologpt.matmuls.products import cast
+from sologpt.matmuls.recipes import Gemm, OperandFormat, Recipe
+
+Tensor = torch.Tensor
 
 
-def recipe_matmul(recipe, products):
+def recipe_matmul(recipe: Recipe, products: Sequence[Callable]) -> type[torch.autograd.Function]:
     """
-    The autograd.Function of x, (tokens, in), and w, (out, in), whose matmuls follow the recipe by these three products.
-    An operand's encoding serves the backward too where its transpose is what is asked for there.
+    The autograd.Function of x, (tokens, in), and w, (out, in) -> (tokens, out), whose matmuls follow the recipe.
+
+    products: those of fwd, dgrad and wgrad (see products.py). Where the backward needs the transpose of an encoding
+    that the forward has made, that encoding is kept instead of the tensor.
     """
     fwd, dgrad, wgrad = recipe.fwd, recipe.dgrad, recipe.wgrad
     keep_x = fwd.a is not None and fwd.a.kept and wgrad.b == fwd.a.mT and not (fwd.hadamard or wgrad.hadamard)
     keep_w = fwd.b is not None and fwd.b.kept and dgrad.b == fwd.b.mT and not (fwd.hadamard or dgrad.hadamard)
-    keep_x = keep_x and getattr(fwd.b, 'shared', None) != 'column'  # whose scale x would have to take over
-    turns = max(rule.hadamard for rule in (fwd, dgrad, wgrad))
+    keep_x = keep_x and getattr(fwd.b, 'shared', None) != 'column'  # x would be encoded with that scale in it
+    turns = max(gemm.hadamard for gemm in (fwd, dgrad, wgrad))
 
     class RecipeMatmul(torch.autograd.Function):
         @staticmethod
@@ -34,11 +35,11 @@ def recipe_matmul(recipe, products):
             with torch.autocast(x.device.type, enabled=False):
                 a = fwd.a.encode(x) if keep_x else Encoded(x, None)
                 b = fwd.b.encode(w) if keep_w else Encoded(w, None)
-                # drawn here and kept: torch.compile may draw anew what is drawn in the backward, for either operand
+                # drawn here and kept: what is drawn in the backward, torch.compile may draw again for each operand
                 signs = torch.randint(0, 2, (turns, 1), device=x.device) * 2.0 - 1 if turns else None
                 ctx.save_for_backward(*a, *b, signs, w if recipe.estimator else None)
                 ctx.dtypes = x.dtype, w.dtype
-                return gemm(fwd, products[0], a if keep_x else x, b if keep_w else w, x.dtype, signs=signs)
+                return multiply(fwd, products[0], a if keep_x else x, b if keep_w else w, x.dtype, signs=signs)
 
         @staticmethod
         def backward(ctx, g):
@@ -48,10 +49,10 @@ def recipe_matmul(recipe, products):
             with torch.autocast(g.device.type, enabled=False):
                 if ctx.needs_input_grad[0]:
                     b = Encoded(w, w_scale).mT if keep_w else w.mT
-                    dx = gemm(dgrad, products[1], g, b, x_dtype, signs=signs)
+                    dx = multiply(dgrad, products[1], g, b, x_dtype, signs=signs)
                 if ctx.needs_input_grad[1]:
                     b = Encoded(x, x_scale).mT if keep_x else x.mT
-                    dw = gemm(wgrad, products[2], g.mT, b, x_dtype, w_dtype, signs)
+                    dw = multiply(wgrad, products[2], g.mT, b, x_dtype, w_dtype, signs)
                     if recipe.estimator:
                         dw = cast(dw * recipe.estimator(weight), w_dtype)
             return dx, dw
@@ -59,67 +60,47 @@ def recipe_matmul(recipe, products):
     return RecipeMatmul
 
 
-def gemm(rule, product, a, b, dtype, out=None, signs=None):
+def multiply(gemm: Gemm, product: Callable, a: Tensor | Encoded, b: Tensor | Encoded, dtype: torch.dtype,
+             out: torch.dtype | None = None, signs: Tensor | None = None) -> Tensor:
     """
-    a b^T by the rule, in dtype `out` (None: dtype). a: (M, K), b: (N, K), either of them possibly encoded already.
-    dtype: the one that operands without a format are multiplied in; signs: of the rotation, random ones.
+    a b^T, (M, N), as `gemm` says.
+
+    a: (M, K); b: (N, K); either may be encoded already. dtype: the run's, in which operands without a format are
+    multiplied. out: the result's dtype; None: dtype. signs: of the random rotation, (its size or more, 1).
     """
-    if rule.hadamard:
-        a, b = (rotate(t, signs[:rule.hadamard]) for t in (a, b))
+    if gemm.hadamard:
+        a, b = (rotate(t, signs[:gemm.hadamard]) for t in (a, b))
     if not isinstance(b, Encoded):
-        b = encode(rule.b, b)
+        b = _encode(gemm.b, b)
     times = None
-    if isinstance(rule.b, Format) and rule.b.shared == 'column':
-        # a scale along K cannot leave the sum: it goes over to a, before a is rounded
+    if isinstance(gemm.b, Format) and gemm.b.shared == 'column':
+        # a scale along K cannot leave the sum: a is multiplied by it before a is rounded
         b, times = Encoded(b.values, None), b.scale
     if not isinstance(a, Encoded):
-        a = encode(rule.a, a, times)
-    work = dtype if rule.a is None or rule.b is None else torch.float32
+        a = _encode(gemm.a, a, times)
+    work = dtype if gemm.a is None or gemm.b is None else torch.float32
     return product(a, b, work, out or dtype)
 
 
-def encode(format, x, times=None):
+def _encode(format: OperandFormat | None, x: Tensor, times: Tensor | None = None) -> Encoded:
     if format is None:
         return Encoded(x if times is None else x * times, None)
     return format.encode(x, times)
 
 
-def rotate(t, signs):
-    """t, (rows, K), of which every len(signs) elements along K are turned by the orthogonal matrix diag(signs) H."""
+def rotate(t: Tensor, signs: Tensor) -> Tensor:
+    """
+    t, (rows, K), with each len(signs) elements along K multiplied by diag(signs) H / sqrt(len(signs)), an orthogonal
+    matrix. Rotating both operands alike leaves their product as it is.
+    """
     size = len(signs)
-    turn = signs * HADAMARD[:size, :size].to(t.device)  # of ones, which TF32 does not round
+    turn = signs * HADAMARD[:size, :size].to(t.device)  # of 1 and -1, which TF32 does not round
     return (F.pad(t.float(), (0, -t.size(1) % size)).unflatten(1, (-1, size)) @ turn).flatten(1) / size ** 0.5
 
 
-def _hadamard(size):
-    """Sylvester's matrix of ones and minus ones; its upper left corners are the smaller ones."""
+def _hadamard(size: int) -> Tensor:
+    """Sylvester's matrix of 1 and -1, (size, size). Its upper left corners are the smaller ones."""
     return functools.reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * int(math.log2(size)))
 
 
 HADAMARD = _hadamard(64)
-
-
-def block_matmul(multiply, rate, block):
-    """
-    The autograd.Function of x, (tokens, in), and w, (out, in): dropout of whole blocks of x, of `block` tokens by
-    `block` dimensions, and the matmul (SparseDrop, https://arxiv.org/abs/2411.01238). multiply: by_skipping or
-    by_masking.
-    """
-    class BlockMatmul(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, w):
-            with torch.autocast(x.device.type, enabled=False):
-                size = [math.ceil(n / block) for n in x.shape]
-                keep = torch.rand(size, device=x.device) >= rate
-                ctx.save_for_backward(x, w, keep)
-                return multiply.fwd(x, w.to(x.dtype), keep, block) / (1 - rate)
-
-        @staticmethod
-        def backward(ctx, g):
-            x, w, keep = ctx.saved_tensors
-            with torch.autocast(g.device.type, enabled=False):
-                g = g / (1 - rate)
-                return (multiply.dgrad(g, w.to(g.dtype), keep, block),
-                        multiply.wgrad(g, x, keep, block).to(w.dtype) if ctx.needs_input_grad[1] else None)
-
-    return BlockMatmul

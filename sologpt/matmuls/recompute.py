@@ -1,8 +1,11 @@
 """
-Activation checkpointing: what a block keeps for the backward, and what it computes again there.
+Activation checkpointing: what a block keeps for the backward, and what the backward computes again.
 
-Each function is called as recompute(function, *args) and returns function(*args).
+Each function is called as recompute(function, *args), and returns function(*args).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -14,20 +17,20 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.
             aten._scaled_dot_product_flash_attention_for_cpu.default}
 
 
-def keep_all(function, *args):
-    """Nothing is computed again."""
+def keep_all(function: Callable, *args: Any) -> Any:
+    """Keeps everything: nothing is computed again."""
     return function(*args)
 
 
-def keep_inputs(function, *args):
-    """Only the inputs are kept: a third more FLOPs, the least memory."""
+def keep_inputs(function: Callable, *args: Any) -> Any:
+    """Keeps only the inputs: the least memory, and a third more FLOPs."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False)
 
 
-def keep_products(function, *args):
-    """The results of matmuls and attention are kept, and what lies between them is computed again."""
+def keep_products(function: Callable, *args: Any) -> Any:
+    """Keeps the results of matmuls and of attention. What lies between them is computed again."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, context_fn=_keep_products)
@@ -39,4 +42,5 @@ def _keep_products():
         else CheckpointPolicy.PREFER_RECOMPUTE)
 
 
-RECOMPUTE = {False: keep_all, True: keep_inputs, 'selective': keep_products}  # by train.py's checkpoint_activations
+# by the key checkpoint_activations
+RECOMPUTE = {False: keep_all, True: keep_inputs, 'selective': keep_products}

@@ -1,42 +1,68 @@
 """
 Text to token ids and back: bytes, characters, tiktoken's encodings and rank files, Hugging Face's tokenizer.json.
 
-A tokenizer is described by a dict of plain values (`to_dict`), which lies in a data folder's meta.json and in every
-checkpoint, so that sampling needs nothing else. Every tokenizer has
-
-    vocab_size              ids are 0 .. vocab_size - 1
-    eot                     the id that ends a text, or None
-    encode(text) -> ids     raises InputError for text it cannot represent
-    encode_ordinary(text)   the same as an array, of a document: a token's name in it, such as <|endoftext|>, is text
-                            like any other; may be called by several threads at once
-    to_bytes(ids) -> bytes  UTF-8, cut anywhere: one token may be part of a character
-    decode(ids) -> text     with U+FFFD where the bytes are no text
-    to_json() -> dict       the content of a tokenizer.json that encodes and decodes in the same way
+A tokenizer is described by a dict of plain values, to_dict(). It lies in the meta.json of a data folder and in every
+checkpoint, so that sampling needs nothing else. Not handled: SentencePiece models, and a tokenizer.json that is neither
+a byte-level BPE nor WordLevel.
 """
 
 import base64
 import json
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from configurator import InputError
+from sologpt.tokens.tokenizer_json import (
+    BYTE_CHARS,
+    CHAR_BYTES,
+    byte_level_json,
+    chars_of_token,
+    split_step,
+    tokenizer_json,
+)
 
-GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}  # what files that name no tokenizer are taken for, as nanoGPT does
+GPT2 = {'kind': 'tiktoken', 'name': 'gpt2'}  # the tokenizer of files that name none, as in nanoGPT
 GPT2_VOCAB, GPT2_EOT = 50257, 50256
 END_OF_TEXT = '<|endoftext|>'
 
 
 class Tokenizer:
-    def encode_ordinary(self, text):
+    """What every tokenizer has. Ids are 0 .. vocab_size - 1."""
+    vocab_size: int
+    eot: int | None  # the id that ends a text
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt. The names of special tokens in it become those tokens. Raises InputError."""
+        raise NotImplementedError
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        """
+        The ids of a document, an integer array of shape (length,). Names of special tokens in it, such as
+        <|endoftext|>, are ordinary text. Several threads may call it at once. Raises InputError.
+        """
         return np.array(self.encode(text), dtype=np.uint32)
 
-    def decode(self, ids):
+    def to_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text as UTF-8. It may end or begin inside a character, because a token may be a part of one."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text, with U+FFFD where the bytes are not UTF-8."""
         return self.to_bytes(ids).decode('utf-8', errors='replace')
+
+    def to_dict(self) -> dict:
+        """A description in plain values, from which tokenizer_from_dict() makes the tokenizer again."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict:
+        """The content of a tokenizer.json that encodes and decodes in the same way."""
+        raise NotImplementedError
 
 
 class Bytes(Tokenizer):
-    """UTF-8 bytes: any text in any language, nothing to learn or load. Byte 0, absent from text, ends a document."""
+    """UTF-8 bytes: any text in any language, nothing to learn or load. Byte 0, which text does not use, ends a text."""
     vocab_size, eot = 256, 0
 
     def encode(self, text):
@@ -52,19 +78,21 @@ class Bytes(Tokenizer):
         return {'kind': 'bytes'}
 
     def to_json(self):
-        # an id has one token: byte 0's is the special one, as which a text's own is taken before bytes are looked at
-        return _byte_level({'\0': 0} | {BYTE_CHARS[i]: i for i in range(1, 256)}, [], {'\0': 0})
+        # Each id has one token, and that of byte 0 is the special one. A byte 0 in the text becomes it too, because
+        # special tokens are searched for first.
+        return byte_level_json({'\0': 0} | {BYTE_CHARS[i]: i for i in range(1, 256)}, [], {'\0': 0})
 
 
 class Chars(Tokenizer):
-    """One id per character of a text, in the characters' sorted order (nanoGPT's shakespeare_char)."""
+    """One id per character (nanoGPT's shakespeare_char). chars: the characters in the order of their ids."""
     eot = None
 
-    def __init__(self, chars):
+    def __init__(self, chars: Iterable[str]):
         self.chars = list(chars)
         self.vocab_size = len(self.chars)
         self.ids = {c: i for i, c in enumerate(self.chars)}
-        self.id_of = np.full(max(map(ord, self.chars), default=0) + 2, -1)  # by code point; the last is of no character
+        # by code point; the last entry stands for all code points beyond those of the characters
+        self.id_of = np.full(max(map(ord, self.chars), default=0) + 2, -1)
         self.id_of[[ord(c) for c in self.chars]] = range(self.vocab_size)
 
     def encode(self, text):
@@ -85,34 +113,35 @@ class Chars(Tokenizer):
         return {'kind': 'chars', 'chars': self.chars}
 
     def to_json(self):
-        # an unknown character is an error there too, for the token that it would be is unknown itself
-        return _tokenizer_json({'type': 'WordLevel', 'vocab': self.ids, 'unk_token': '<unk>'},
-                               _split(r'[\s\S]'), {'type': 'Fuse'}, {})
+        # an unknown character is an error there too, because <unk> is not in the vocabulary
+        return tokenizer_json({'type': 'WordLevel', 'vocab': self.ids, 'unk_token': '<unk>'},
+                              split_step(r'[\s\S]'), {'type': 'Fuse'}, {})
 
 
 class Tiktoken(Tokenizer):
-    """A BPE of tiktoken: by its name for it ('gpt2', 'cl100k_base', ...), or given its ranks."""
+    """A byte-level BPE of tiktoken, by its name ('gpt2', 'cl100k_base', ...) or from its ranks."""
 
-    def __init__(self, name, encoding=None):
-        """encoding: a tiktoken.Encoding; without one, tiktoken downloads the ranks once, then has them."""
+    def __init__(self, name: str, encoding=None):
+        """encoding: a tiktoken.Encoding; None: tiktoken downloads the ranks once and keeps them. Raises InputError."""
         import tiktoken
         try:
             self.encoding = encoding or tiktoken.get_encoding(name)
         except ValueError:
             raise InputError(f'tiktoken has no encoding {name!r}; it has {tiktoken.list_encoding_names()}') from None
         except Exception as e:  # whatever its HTTP library raises
-            raise InputError(f'tiktoken could not load {name!r} ({type(e).__name__}): it is downloaded once; connect '
-                             f'to the network, name a file of its ranks (FILE.tiktoken), or point TIKTOKEN_CACHE_DIR '
-                             f'at a folder that has it') from None
+            raise InputError(f'tiktoken could not load {name!r} ({type(e).__name__}), a download that is needed once: '
+                             f'connect to the network, name a file of its ranks (FILE.tiktoken), or set '
+                             f'TIKTOKEN_CACHE_DIR to a folder that has it') from None
         self.name = name
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
-        # the caches of a regular expression belong to the first thread that matches it, and whenever that one does, all
-        # others wait for its mark in memory: owned by this thread, which then is idle, several encode 1.5 times as fast
+        # A regular expression's cache belongs to the first thread that matches it, and when that thread encodes, all
+        # others wait for the same memory. Here this thread takes the cache. It is idle later, and several other threads
+        # then encode 1.5 times as fast.
         self.encode_ordinary("I'll say 123 words, \n\n and  more.\t")
 
     @classmethod
-    def from_file(cls, path):
-        """A file of ranks, as tiktoken keeps it: a line per token, base64 and rank. Raises InputError."""
+    def from_file(cls, path: str) -> 'Tiktoken':
+        """From a file of ranks in tiktoken's format: a line per token, with base64 and rank. Raises InputError."""
         try:
             with open(path, encoding='ascii') as f:
                 ranks = f.read()
@@ -121,16 +150,17 @@ class Tiktoken(Tokenizer):
             raise InputError(f'{path} cannot be read as a file of ranks: {e}') from None
         number = len(read)
         if number not in RANK_FILES:
-            raise InputError(f'{path} has {number:,} ranks: how its text is split into words is known for '
-                             + ', '.join(f'{n:,} ({name})' for n, (name, *_) in RANK_FILES.items())
-                             + '; use a tokenizer.json, which says so itself')
+            known = ', '.join(f'{n:,} ({name})' for n, (name, *_) in RANK_FILES.items())
+            raise InputError(f'{path} has {number:,} ranks: how its text is split into words is known only for '
+                             f'{known}; use a tokenizer.json, which says so itself')
         if sorted(read.values()) != list(range(number)) or not all(bytes([byte]) in read for byte in range(256)):
-            raise InputError(f'{path} is damaged: it has not each rank from 0 to {number - 1:,}, or not every byte')
+            raise InputError(f'{path} is damaged: a rank from 0 to {number - 1:,} is missing, or one of the 256 bytes')
         name, pattern, special = RANK_FILES[number]
         return cls.from_ranks(name, ranks, pattern, special)
 
     @classmethod
-    def from_ranks(cls, name, ranks, pattern, special):
+    def from_ranks(cls, name: str, ranks: str, pattern: str, special: dict[str, int]) -> 'Tiktoken':
+        """ranks: the text of a rank file. pattern: how text is split into words. special: token -> id."""
         import tiktoken
         return cls(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=_ranks(ranks),
                                            special_tokens=special))
@@ -151,27 +181,29 @@ class Tiktoken(Tokenizer):
                 'special': dict(self.encoding._special_tokens), 'ranks': ranks}
 
     def to_json(self):
-        # tiktoken's own names for what an encoding is made of, which its documentation uses as well
+        # tiktoken's documentation reads these attributes too, to extend an encoding
         ranks, special = self.encoding._mergeable_ranks, self.encoding._special_tokens
-        # tiktoken joins any two neighbours that together are a token, of the lowest rank first
+        # tiktoken joins any two neighbours that are a token together, and it begins with the lowest rank
         merges = [(rank, token[:i], token[i:]) for token, rank in ranks.items() for i in range(1, len(token))
                   if token[:i] in ranks and token[i:] in ranks]
-        merges = [f'{_chars(left)} {_chars(right)}' for _, left, right in sorted(merges, key=lambda merge: merge[0])]
-        # the expression in the terms of Oniguruma: there a counted repetition followed by + is repeated itself, and $
-        # is the end of a line. None of the possessive repetitions in these expressions changes what they match
+        merges.sort(key=lambda merge: merge[0])
+        merges = [f'{chars_of_token(left)} {chars_of_token(right)}' for _, left, right in merges]
+        # `tokenizers` uses Oniguruma, where + after a counted repetition repeats it, and $ is the end of a line. So
+        # make possessive repetitions plain, which does not change what these expressions match, and write \z for $.
         pattern = re.sub(r'([?+*]|\{[\d,]+\})\+', r'\1', self.encoding._pat_str).replace('$', r'\z')
-        return _byte_level({_chars(token): rank for token, rank in ranks.items()} | special, merges, special, pattern)
+        vocab = {chars_of_token(token): rank for token, rank in ranks.items()} | special
+        return byte_level_json(vocab, merges, special, pattern)
 
 
 class HuggingFace(Tokenizer):
-    """A tokenizer.json: byte-level BPE, or tokens that stand for themselves. Raises InputError for others."""
+    """A tokenizer.json with a byte-level BPE, or with words or characters that stand for themselves."""
 
-    def __init__(self, text, eot=None):
-        """text: the file's; eot: the id that ends a text."""
+    def __init__(self, text: str, eot: int | None = None):
+        """text: the content of the file. eot: the id that ends a text. Raises InputError for other kinds."""
         import tokenizers
         try:
             content = json.loads(text)
-            # what would put tokens before or after each text, cut it off or fill it up
+            # these would put tokens around each text, cut it off or pad it
             content |= {'post_processor': None, 'truncation': None, 'padding': None}
             self.text, self.eot = json.dumps(content, ensure_ascii=False, separators=(',', ':')), eot
             self.backend, self.ordinary = (tokenizers.Tokenizer.from_str(self.text) for _ in range(2))
@@ -180,8 +212,8 @@ class HuggingFace(Tokenizer):
         except Exception as e:  # tokenizers raises nothing more precise
             raise InputError(f'it is damaged or of another version: {str(e)[:100]}') from None
         if decoder not in ('ByteLevel', 'Fuse') or kind not in ('BPE', 'WordLevel') or not content['model']['vocab']:
-            raise InputError(f'its model is {kind} and its decoder {decoder}: known are byte-level BPE, as of GPT-2, '
-                             f'and words (or characters) that stand for themselves, WordLevel and Fuse')
+            raise InputError(f'its model is {kind} and its decoder {decoder}: only byte-level BPE, like that of GPT-2, '
+                             f'and WordLevel with Fuse can be read')
         ids = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size, self.bytes = max(ids.values()) + 1, {}
         for token, i in ids.items():
@@ -189,8 +221,8 @@ class HuggingFace(Tokenizer):
             self.bytes[i] = bytes(CHAR_BYTES[c] for c in token) if in_bytes else token.encode()
 
     @classmethod
-    def from_file(cls, path, eot_token=END_OF_TEXT):
-        """eot_token: the token that ends a text; none does if it is not in the vocabulary."""
+    def from_file(cls, path: str, eot_token: str | None = END_OF_TEXT) -> 'HuggingFace':
+        """eot_token: the token that ends a text; if the vocabulary does not have it, none does. Raises InputError."""
         try:
             with open(path, encoding='utf-8') as f:
                 tokenizer = cls(f.read())
@@ -221,8 +253,7 @@ class HuggingFace(Tokenizer):
         return json.loads(self.text)
 
 
-# how text is split before its parts are encoded, and the special tokens, by the number of ranks (of tiktoken's
-# tiktoken_ext/openai_public.py)
+# number of ranks -> (name, how text is split into words, special tokens): tiktoken's tiktoken_ext/openai_public.py
 _WORD, _ENDING = r'[^\r\n\p{L}\p{N}]?', r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER, _LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
 RANK_FILES = {
@@ -239,13 +270,13 @@ RANK_FILES = {
 
 
 def _ranks(text):
-    """bytes -> rank, of a rank file's text."""
+    """bytes -> rank, from the text of a rank file."""
     return {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, text.splitlines())}
 
 
-def by_name(name):
+def tokenizer_by_name(name: str) -> Tokenizer:
     """
-    The tokenizer that a command line names: bytes, one of tiktoken's encodings, or the path of FILE.tiktoken or of a
+    The tokenizer that a command line names: 'bytes', one of tiktoken's encodings, or the path of FILE.tiktoken or of a
     tokenizer.json. Raises InputError.
     """
     import tiktoken
@@ -262,43 +293,15 @@ def by_name(name):
     return Tiktoken(name)
 
 
-# byte-level BPE writes each byte as a character that can be seen: itself, or one from 256 on
-_SEEN = [*range(ord('!'), ord('~') + 1), *range(0xa1, 0xad), *range(0xae, 0x100)]
-_UNSEEN = [byte for byte in range(256) if byte not in _SEEN]
-CHAR_BYTES = {chr(byte): byte for byte in _SEEN} | {chr(256 + i): byte for i, byte in enumerate(_UNSEEN)}
-BYTE_CHARS = {byte: char for char, byte in CHAR_BYTES.items()}
+# ---- descriptions ----------------------------------------------------------------------------------------------------
 
-
-def _chars(token):
-    return ''.join(BYTE_CHARS[byte] for byte in token)
-
-
-def _byte_level(vocab, merges, special, pattern=None):
-    level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False, 'use_regex': False}
-    model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-             'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
-             'vocab': vocab, 'merges': merges}
-    split = {'type': 'Sequence', 'pretokenizers': [_split(pattern), level]} if pattern else level
-    return _tokenizer_json(model, split, level, special)
-
-
-def _split(pattern):
-    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
-
-
-def _tokenizer_json(model, pre_tokenizer, decoder, special):
-    added = [{'id': i, 'content': token, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
-              'special': True} for token, i in sorted(special.items(), key=lambda item: item[1])]
-    return {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
-            'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model}
-
-
-def no_tokenizer(source):
+def no_tokenizer(source: str) -> dict:
+    """The description for a model whose tokenizer is not at hand. source: the name of the model."""
     return {'kind': 'unknown', 'why': f'{source} has no tokenizer.json'}
 
 
-def from_dict(described):
-    """The tokenizer that to_dict() described."""
+def tokenizer_from_dict(described: dict) -> Tokenizer:
+    """The tokenizer that to_dict() has described. Raises InputError."""
     kind = described.get('kind')
     if kind == 'bytes':
         return Bytes()
@@ -315,15 +318,16 @@ def from_dict(described):
     raise InputError(f'unknown tokenizer {kind!r}: known are bytes, chars, tiktoken and json')
 
 
-def eot_of(described):
-    """The id that ends a text, or None, of the tokenizer that to_dict() described; GPT-2's need not be at hand."""
-    return GPT2_EOT if described == GPT2 else from_dict(described).eot
+def eot_of(described: dict) -> int | None:
+    """The id that ends a text, for a description by to_dict(). GPT-2's needs no download. Raises InputError."""
+    return GPT2_EOT if described == GPT2 else tokenizer_from_dict(described).eot
 
 
-def agree(described, own):
+def tokenizers_agree(described: dict | None, own: dict) -> bool:
     """
-    Whether two descriptions, that of a model (None: it names none) and that of a data folder, may be of one tokenizer,
-    of which one of them may have the tokenizer.json.
+    Whether two descriptions may be of the same tokenizer, although one of them may come from a tokenizer.json.
+
+    described: that of a model; None if it names none. own: that of a data folder.
     """
     if described is None or described == own or described.get('kind') == 'unknown':
         return True
@@ -337,8 +341,8 @@ def agree(described, own):
 
 
 def _vocabulary(described):
-    """(number of ids, tokens as a tokenizer.json has them -> ids); of GPT-2's, which may not be at hand, one token."""
-    if described == GPT2:  # by its name alone
+    """(number of ids, token -> id as in a tokenizer.json). For GPT-2's, which may not be at hand, it has one token."""
+    if described == GPT2:
         return GPT2_VOCAB, {'Ġthe': 262}
-    tokenizer = from_dict(described)
+    tokenizer = tokenizer_from_dict(described)
     return tokenizer.vocab_size, tokenizer.to_json()['model']['vocab']

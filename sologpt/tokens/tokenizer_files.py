@@ -1,5 +1,8 @@
 """
-Tokenizers in the files that Hugging Face's libraries read, both ways.
+Tokenizers in the files that Hugging Face's libraries read: tokenizer.json and tokenizer_config.json, both ways.
+
+A tokenizer of bytes or characters is read back as such, not as a tokenizer.json. tokenizer_config.json holds its
+description under OWN_KEY, with the hash of the tokenizer.json that it belongs to.
 """
 
 import hashlib
@@ -7,13 +10,13 @@ import json
 import os
 
 from configurator import InputError
-from sologpt.tokens.tokenizer import Bytes, Chars, HuggingFace, no_tokenizer
+from sologpt.tokens.tokenizer import Bytes, Chars, HuggingFace, Tokenizer, no_tokenizer
 
-OWN_KEY = 'sologpt'  # in tokenizer_config.json: what to_dict() says
+OWN_KEY = 'sologpt'
 
 
-def write_folder(folder, tokenizer, block_size):
-    """tokenizer.json and tokenizer_config.json, as transformers reads them. block_size: a text's most tokens."""
+def write_tokenizer(folder: str, tokenizer: Tokenizer, block_size: int) -> None:
+    """Write both files, as transformers reads them. block_size: the most tokens that the model takes in."""
     content = tokenizer.to_json()
     text = json.dumps(content, ensure_ascii=False, indent=1)
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': block_size,
@@ -22,7 +25,6 @@ def write_folder(folder, tokenizer, block_size):
         vocab = content['model']['vocab'] | {added['content']: added['id'] for added in content['added_tokens']}
         settings['eos_token'] = settings['bos_token'] = next(t for t, i in vocab.items() if i == tokenizer.eot)
     if isinstance(tokenizer, (Bytes, Chars)):
-        # what it is here, as long as tokenizer.json is this one
         settings[OWN_KEY] = {'tokenizer': tokenizer.to_dict(), 'sha256': hashlib.sha256(text.encode()).hexdigest()}
     settings = json.dumps(settings, ensure_ascii=False, indent=1)
     for name, written in (('tokenizer.json', text), ('tokenizer_config.json', settings)):
@@ -30,10 +32,12 @@ def write_folder(folder, tokenizer, block_size):
             f.write(written)
 
 
-def read_folder(folder):
+def read_tokenizer(folder: str) -> dict | None:
     """
-    The tokenizer of a folder in Hugging Face's format, as to_dict() describes it, or None if it has none; one of the
-    kind unknown if it cannot be read, for the model may do without.
+    The description (see Tokenizer.to_dict) of the tokenizer in a folder in Hugging Face's format, or None without one.
+
+    A tokenizer that cannot be read gives a description of the kind 'unknown', not an error: the model may be used
+    without it.
     """
     paths = {name: os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')}
     if not os.path.isfile(paths['tokenizer.json']):

@@ -1,5 +1,7 @@
 """
-How an optimizer keeps its moments from one step to the next.
+Moments: how an optimizer keeps its running means from one step to the next.
+
+Each class makes the kept tensor of a parameter, reads it as float32, and writes a new value into it.
 """
 
 from dataclasses import dataclass
@@ -7,26 +9,29 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sologpt.matmuls.formats import E4M3
+from sologpt.matmuls.elements import E4M3
+
+Tensor = torch.Tensor
 
 
 class Moments:
-    """How an optimizer keeps its moments from one step to the next: in float32, beside the weights."""
-    copied = False  # whether what is read is a copy
+    """Moments in float32, beside the weights."""
+    copied = False  # whether read() returns a copy
 
-    def new(self, p):
-        """Zeros, kept, for a parameter."""
+    def new(self, p: Tensor) -> Tensor:
+        """The kept tensor of a new parameter: zeros."""
         return torch.zeros_like(p, dtype=torch.float32)
 
-    def read(self, kept, p):
+    def read(self, kept: Tensor, p: Tensor) -> Tensor:
+        """The moment of parameter p, in float32, of p's shape, on p's device."""
         return kept
 
-    def write(self, kept, value):
-        pass  # it is the tensor that was read, and is updated in place
+    def write(self, kept: Tensor, value: Tensor) -> None:
+        """Keep a new value, float32. Here it is the tensor that was read, and it has been updated in place."""
 
 
 class MomentsOnCPU(Moments):
-    """In the CPU's memory, from and to which they are copied in each step."""
+    """Moments in the CPU's memory. They are copied to the parameter's device and back in each step."""
     copied = True
 
     def new(self, p):
@@ -42,10 +47,12 @@ class MomentsOnCPU(Moments):
 @dataclass(frozen=True)
 class MomentsIn8Bits(Moments):
     """
-    In E4M3, with a float32 scale for each block of 256 (8-bit optimizers: https://arxiv.org/abs/2110.02861), rounded
-    stochastically, so that a mean can follow small changes. Kept as bytes: the elements, then the scales.
+    Moments in E4M3, with a float32 scale for each block of 256 (8-bit optimizers: https://arxiv.org/abs/2110.02861).
+
+    They are rounded stochastically, so that a mean can follow small changes. The kept tensor is bytes: the elements,
+    then the scales.
     """
-    power: int  # a second moment is kept as its root, which spans half of the exponents
+    power: int  # 2 for a second moment, which is kept as its root: that spans half as many exponents
     block = 256
     copied = True
 
@@ -68,7 +75,7 @@ class MomentsIn8Bits(Moments):
         x = F.pad(x.flatten(), (0, elements.numel() - x.numel())).view_as(elements)
         scales.copy_(x.abs().amax(1, keepdim=True).clamp(min=1e-30) / E4M3.max)
         x = E4M3.round(x / scales, torch.rand_like(x))
-        if self.power == 2:  # an update is divided by it
+        if self.power == 2:  # never zero, because an update is divided by it
             x = x.clamp(min=2.0 ** (E4M3.min_exponent - E4M3.mantissa))
         elements.copy_(x)
 

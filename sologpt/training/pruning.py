@@ -1,43 +1,71 @@
-"""
-Magnitude pruning on a schedule.
-"""
+"""Magnitude pruning on a schedule (https://arxiv.org/abs/1710.01878)."""
 
 import math
+import re
 
 import torch
+
+from configurator import InputError
+
+
+def parse_prune(text: str) -> tuple[float, float, float]:
+    """
+    (share of zeros, from, to) of '', '0.5' or '0.5:0.2-0.7'; from and to are shares of max_iters. Raises InputError.
+    """
+    if not text:
+        return 0.0, 0.2, 0.7
+    found = re.fullmatch(r'([\d.]+)(?::([\d.]+)-([\d.]+))?', text)
+    try:
+        share, start, end = (float(number) for number in (found[1], found[2] or 0.2, found[3] or 0.7))
+    except (TypeError, ValueError):
+        raise InputError(f'prune={text!r} must be a share such as 0.5, or 0.5:0.2-0.7 to prune from 0.2 to 0.7 of '
+                         f'max_iters') from None
+    if share >= 1:
+        raise InputError(f'prune={text}: the share of zeros must be below 1')
+    if not start <= end <= 1:
+        raise InputError(f'prune={text}: it must begin before it ends, and end by 1')
+    return share, start, end
 
 
 class Pruning:
     """
-    Magnitude pruning on a schedule (https://arxiv.org/abs/1710.01878): from step `start` to step `end` the share of
-    zeros in each matrix rises to `share`, as 1 - (1 - t)^3. In every tenth step, and in step `end`, the smallest
-    weights are chosen anew, and what has been chosen stays zero until then.
+    Zeros in matrices: from step `start` to step `end` their share rises to `share`, as 1 - (1 - t)^3. In every tenth
+    step, and in step `end`, the smallest weights are chosen again; those that were chosen stay zero until then.
     """
     interval = 10
 
-    def __init__(self, matrices, share, start, end, next_step=0):
+    def __init__(self, matrices: list[torch.Tensor], share: float, start: float, end: float, next_step: int = 0):
+        """next_step: the step at which a resumed run goes on."""
         self.matrices, self.share, self.start, self.end = matrices, share, start, end
-        # of a resumed run what had been chosen is zero
+        # in a resumed run, the weights that had been chosen are zero
         self.masks = [w != 0 for w in matrices] if self.share_at(next_step - 1) else None
 
-    def share_at(self, step):
+    @classmethod
+    def from_config(cls, config: dict, matrices: list[torch.Tensor], next_step: int) -> 'Pruning':
+        share, start, end = parse_prune(config['prune'])
+        last = config['max_iters'] - 1
+        return cls(matrices, share, start * last, end * last, next_step)
+
+    def share_at(self, step: int) -> float:
+        """The share of zeros after that step."""
         if step < self.start:
             return 0.0
         t = 1.0 if step >= self.end else (step - self.start) / (self.end - self.start)
         return self.share * (1 - (1 - t) ** 3)
 
     @torch.no_grad()
-    def step(self, step):
-        """To be called after the optimizer's step `step`."""
+    def step(self, step: int) -> None:
+        """Call it after the optimizer's step number `step`."""
         share = self.share_at(step)
         if share and (step % self.interval == 0 or step == math.ceil(self.end)):
-            self.masks = [self._largest(w.abs(), share) for w in self.matrices]
+            self.masks = [_largest(w.abs(), share) for w in self.matrices]
         if self.masks:
             for w, mask in zip(self.matrices, self.masks, strict=True):
                 w.mul_(mask)
 
-    @staticmethod
-    def _largest(size, share):
-        mask = torch.ones_like(size, dtype=torch.bool)
-        mask.view(-1)[size.flatten().topk(round(share * size.numel()), largest=False, sorted=False).indices] = False
-        return mask
+
+def _largest(size, share):
+    """The mask of all but the `share` smallest."""
+    mask = torch.ones_like(size, dtype=torch.bool)
+    mask.view(-1)[size.flatten().topk(round(share * size.numel()), largest=False, sorted=False).indices] = False
+    return mask

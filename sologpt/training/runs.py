@@ -1,6 +1,4 @@
-"""
-Reading what runs have logged: log.jsonl, and nanoGPT's console output.
-"""
+"""Reading what runs have logged: log.jsonl, and the console output of nanoGPT."""
 
 import ast
 import json
@@ -8,7 +6,9 @@ import math
 import os
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +21,8 @@ STEP = re.compile(rf'\biter (\d+): loss {NUMBER}, time {NUMBER}ms(?:, mfu {NUMBE
 EVALUATION = re.compile(rf'\bstep (\d+): train loss {NUMBER}, val loss {NUMBER}')
 
 
-def read(path):
-    """The records of a log.jsonl; a line that a crash cut off is left out."""
+def read_log(path: str) -> list:
+    """The records of a log.jsonl. A line that a crash cut off is left out."""
     records = []
     with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
@@ -35,49 +35,69 @@ def read(path):
 
 @dataclass
 class Run:
-    """One run, whichever log it is from: log.jsonl's header and records, by iter; evals with tokens and seconds."""
+    """A run, from whichever kind of log. report.py says what the records hold."""
     name: str
-    header: dict
-    steps: list
-    evals: list
-    seconds_logged: bool = True
+    header: dict  # log.jsonl's first record
+    steps: list[dict]  # records of steps, by iter
+    evals: list[dict]  # records of evaluations, by iter, with tokens and seconds
+    seconds_logged: bool = True  # False: the seconds of evals are estimated
 
     @property
-    def config(self):
+    def config(self) -> dict:
+        """The final config, as far as it is logged."""
         return self.header.get('config', {})
 
-    def median(self, key):
-        """Over the steps that are neither warm-up nor next to an evaluation, if there are any; None if not logged."""
+    @property
+    def vocab_size(self) -> int | None:
+        """The ids of the data's tokenizer; None if not logged."""
+        return self.header.get('data', {}).get('vocab_size')
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """The bytes of text in a token of the data, on average; None if not logged."""
+        return self.header.get('data', {}).get('bytes_per_token')
+
+    def median(self, key: str) -> float | None:
+        """
+        The median of a value over the steps that neither warm up nor are next to an evaluation, if there are such
+        steps; None if not logged.
+        """
         evaluated = {e['iter'] for e in self.evals}
         quiet = [s for s in self.steps[1:] if s['iter'] not in evaluated] or self.steps[1:] or self.steps
         logged = [s[key] for s in quiet if s.get(key) is not None]
         return statistics.median(logged) if logged else None
 
-    def get(self, key):
-        """From the header or the config, or the median over the steps; None if the log does not have it."""
+    def max_memory(self) -> float | None:
+        """The most memory that a logged step has taken, in GB; None if not logged."""
+        return max((step['memory_gb'] for step in self.steps if step.get('memory_gb')), default=None)
+
+    def get(self, key: str) -> Any:
+        """The value of the header or the config, or the median over the steps; None if not logged."""
         return self.header.get(key) or self.config.get(key) or self.median(key)
 
-    def derived(self, compute, *keys):
-        """compute(what get() gives for each key), or None if one of them is None."""
+    def derived(self, compute: Callable, *keys: str) -> Any:
+        """compute(the value of each key), or None if one of them is not logged."""
         known = [self.get(key) for key in keys]
         return None if None in known else compute(*known)
 
-    def curve(self, axis):
-        """The evaluations as (positions on the axis, val losses): 'iter', 'tokens' or 'seconds'."""
+    def curve(self, axis: str) -> tuple[list, list]:
+        """The evaluations as (positions on the axis, val losses). axis: 'iter', 'tokens' or 'seconds'."""
         placed = [e for e in self.evals if e.get(axis) is not None]
         return [e[axis] for e in placed], [e['val_loss'] for e in placed]
 
-    def val_loss_at(self, axis, x):
+    def val_loss_at(self, axis: str, x: float) -> float | None:
         """
-        Interpolated linearly between the neighbouring evaluations; None outside of them, and before the first of a
-        trained model, for a straight line from the untrained one's loss is far above the truth.
+        The val loss at a position on the axis, interpolated linearly between the neighbouring evaluations.
+
+        None outside of them. None also before the first evaluation of a trained model, because a straight line from the
+        loss of the untrained model is far above the truth.
         """
         xs, losses = ([at for at, position in zip(values, self.curve(axis)[0], strict=True) if position > 0]
                       for values in self.curve(axis))
         return float(np.interp(x, xs, losses)) if xs and xs[0] <= x <= xs[-1] else None
 
-    def place(self, axis):
-        """Where the logged steps lie on the axis, following the evaluations; None if that is not known."""
+    def place(self, axis: str) -> np.ndarray | None:
+        """The positions of the logged steps on the axis, by those of the evaluations; None if not known."""
         rate = {'iter': 1, 'tokens': self.header.get('tokens_per_iter'),
                 'seconds': self.derived(lambda ms: ms / 1000, 'time_ms')}[axis]
         known = {0: 0} | {e['iter']: e[axis] for e in self.evals if e.get(axis) is not None}
@@ -85,13 +105,13 @@ class Run:
         return rate and np.interp(iters, list(known), list(known.values())) + np.maximum(iters - last, 0) * rate
 
 
-def read_console(path):
+def read_console(path: str) -> list[dict]:
     """
-    A console log of nanoGPT or train.py as log.jsonl's records, of which the first is the header.
+    The records of a console log of nanoGPT or train.py, as log.jsonl has them. The first is the header.
 
-    nanoGPT's MFU is of an A100's peak whatever the GPU, and a running mean that every evaluation pulls down for some
-    lines; the FLOPs per token are recovered from it (with torchrun: those of one process). Its parameter count is
-    without position embeddings.
+    nanoGPT computes MFU by the peak of an A100, whatever the GPU. Its MFU is a running mean, which every evaluation
+    pulls down for some lines. The FLOPs per token are recovered from it (with torchrun: those of one process). Its
+    parameter count leaves out position embeddings.
     """
     with open(path, encoding='utf-8', errors='replace') as f:
         text = f.read()
@@ -134,15 +154,18 @@ def _value(text):
     return value if isinstance(value, (bool, int, float, str, type(None))) else text
 
 
-def read_run(path, name):
-    """Raises InputError if there is no log at `path`, or no training step in it."""
+def read_run(path: str, name: str) -> Run:
+    """
+    The Run that is logged at `path`: an out_dir, a log.jsonl, or a console log. Raises InputError if there is no log,
+    or no training step in it.
+    """
     file = os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
     if not os.path.isfile(file):
         raise InputError(f'no log {file}: give out_dirs of train.py, log.jsonl files, or console logs')
-    records = [r for r in read(file) if isinstance(r, dict)] or read_console(file)
+    records = [r for r in read_log(file) if isinstance(r, dict)] or read_console(file)
     header = {} if 'iter' in records[0] else dict(records[0])
     by_iter = [{r['iter']: r for r in records if key in r and 'iter' in r} for key in ('loss', 'val_loss')]
-    steps, evals = ([found[n] for n in sorted(found)] for found in by_iter)  # of repeated ones the last
+    steps, evals = ([found[n] for n in sorted(found)] for found in by_iter)  # of repeated ones, the last counts
     if not steps:
         raise InputError(f'{file}: no training step in it (neither `iter N: loss ...` lines nor such records)')
     header.setdefault('processes', 1)

@@ -208,7 +208,7 @@ def test_tokenizers_that_are_not_known(tmp_path):
         make()
         config, _, saved = read_model(str(tmp_path))
         with pytest.raises(InputError, match=f'{message}.*set dataset'):
-            data_folder.of_model(saved, '', config, 'a test')
+            data_folder.tokenizer_of_model(saved, '', config['vocab_size'], 'a test')
     opt(vocab_size=50272).save_pretrained(tmp_path / 'opt')  # as large as GPT-2's, and another
     assert read_model(str(tmp_path / 'opt'))[2]['tokenizer']['kind'] == 'unknown'
     gpt2(vocab_size=50257).save_pretrained(tmp_path / 'gpt2')

@@ -1,4 +1,3 @@
-import copy
 import json
 import re
 import warnings
@@ -11,23 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from sologpt.adapters import adapter_files
-from sologpt.adapters.adapter_files import (
-    CONFIG,
-    WEIGHTS,
-    Adapter,
-    check_base,
-    fingerprint,
-    load_base,
-    put_to,
-    read,
-    stack,
-    tensors_of,
-)
-from sologpt.adapters.adapters import AdapterConfig, attach, merge, parts
-from sologpt.files import checkpoint
-from sologpt.files.hf_files import LINEARS
-from sologpt.matmuls.held import NF4Linear
+from sologpt.adapters.adapter import Adapter, attach, model_class, put_adapter, tensors_of
+from sologpt.adapters.base import fingerprint, load_base
+from sologpt.adapters.config import AdapterConfig
+from sologpt.adapters.peft_files import CONFIG, WEIGHTS, read_adapter, write_adapter
+from sologpt.files.families import LINEARS
 
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')  # of transformers about itself
@@ -42,15 +29,16 @@ def randomise(tensors, std=0.4, seed=0):
             t.copy_(torch.randn(t.shape, generator=generator) * std)
 
 
-def base(seed=0, **changes):
-    m = GPT(GPTConfig(**dict(block_size=16, vocab_size=33, n_layer=2, n_head=4, n_embd=32, bias=True) | changes)).eval()
+def base(seed=0, method='lora', **changes):
+    cls = model_class(AdapterConfig(method))
+    m = cls(GPTConfig(**dict(block_size=16, vocab_size=33, n_layer=2, n_head=4, n_embd=32, bias=True) | changes)).eval()
     randomise(m.parameters(), seed=seed)
     return m
 
 
 def adapter(method, seed=1, model=None, **options):
     """An adapter with random tensors."""
-    model = base() if model is None else model
+    model = base(method=method) if model is None else model
     found = fingerprint(model)
     size = {'num_virtual_tokens': P} if method in ('prompt', 'prefix') else {'r': 4}
     config = AdapterConfig(method, **size | options)
@@ -65,13 +53,13 @@ def logits(m):
 
 
 def logits_with(adapter, model=None):
-    model = base() if model is None else model
-    put_to(model, adapter, 'a test')
+    model = base(method=adapter.config.method) if model is None else model
+    put_adapter(model, adapter, 'a test')
     return logits(model)
 
 
 def write(folder, adapter, config=None):
-    adapter_files.write(str(folder), adapter, config or base().config)
+    write_adapter(str(folder), adapter, config or base().config)
     return folder
 
 
@@ -81,17 +69,6 @@ def close(found, expected):
 
 
 # peft's files.
-
-@pytest.fixture(scope='module')
-def hf(tmp_path_factory):
-    """A folder with a GPT-2 in Hugging Face's format, all of whose weights are random."""
-    folder = tmp_path_factory.mktemp('gpt2')
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=33, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=None))
-    randomise(model.parameters())
-    model.save_pretrained(folder)
-    return str(folder)
-
 
 ALL = list(LINEARS)
 CASES = {
@@ -155,7 +132,7 @@ def loaded_by_peft(peft, hf, folder, method):
 def test_what_peft_writes_is_read(case, hf, tmp_path):
     method, options = CASES[case]
     expected = saved_by_peft(pytest.importorskip('peft'), hf, tmp_path, method, options)
-    found = read(tmp_path)
+    found = read_adapter(tmp_path)
     assert (found.base, found.base_hash, found.config.method) == (hf, '', method)
     model, _ = load_base([found])
     assert (expected - logits(model)).abs().max() > 0.1
@@ -166,11 +143,12 @@ def test_what_peft_writes_is_read(case, hf, tmp_path):
 def test_what_is_written_is_read_by_peft(case, hf, tmp_path):
     peft, (method, options) = pytest.importorskip('peft'), CASES[case]
     alpha = {'lora_alpha': 8.0} if method in ('lora', 'dora') else {}
-    model = GPT.from_pretrained(hf).eval()
+    cls = model_class(AdapterConfig(method))
+    model = cls.from_pretrained(hf).eval()
     made = replace(adapter(method, model=model, **options, **alpha), base=hf)
     write(tmp_path, made, model.config)
     close(loaded_by_peft(peft, hf, tmp_path, method), logits(model))
-    close(logits_with(read(tmp_path), GPT.from_pretrained(hf).eval()), logits(model))
+    close(logits_with(read_adapter(tmp_path), cls.from_pretrained(hf).eval()), logits(model))
 
 
 def test_a_projection_that_peft_has_not_saved_is_made_again(hf, tmp_path):
@@ -179,7 +157,7 @@ def test_a_projection_that_peft_has_not_saved_is_made_again(hf, tmp_path):
     with warnings.catch_warnings(action='ignore'):  # that it is not saved
         expected = saved_by_peft(peft, hf, tmp_path, 'vera', options)
     assert not any('vera_A' in name for name in load_file(tmp_path / WEIGHTS))
-    close(logits_with(read(tmp_path), GPT.from_pretrained(hf).eval()), expected)
+    close(logits_with(read_adapter(tmp_path), GPT.from_pretrained(hf).eval()), expected)
 
 
 # Own files.
@@ -195,10 +173,10 @@ ROUND = [('lora', dict(rank_pattern={'c_fc': 2}, alpha_pattern={'c_fc': 3.0}, la
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('method, options', ROUND)
 def test_write_read_write(method, options, kind, tmp_path):
-    model = base(**kind)
+    model = base(method=method, **kind)
     made = replace(adapter(method, model=model, **options), base_format='bfloat16')
     first = write(tmp_path / 'a', made, model.config)
-    again = read(first)
+    again = read_adapter(first)
     assert {**vars(again), 'tensors': 0, 'heads': 0} == {**vars(made), 'tensors': 0, 'heads': 0}
     second = write(tmp_path / 'b', again, model.config)
     assert json.loads((first / CONFIG).read_text()).get('fan_in_fan_out') in (None, not kind)
@@ -211,15 +189,15 @@ def test_write_read_write(method, options, kind, tmp_path):
         with safe_open(folder / WEIGHTS, 'pt') as f:
             assert f.metadata() == {'format': 'pt', 'base_hash': fingerprint(base(**kind)), 'base_format': 'bfloat16'}
         assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
-    assert torch.equal(logits_with(again, base(**kind)), logits(model))
+    assert torch.equal(logits_with(again, base(method=method, **kind)), logits(model))
     assert Adapter.from_saved(made.to_save(), made.tensors) == made
 
 
 def test_an_adapter_is_copied_into_the_model_and_its_base_is_frozen():
     for method in ('lora', 'vera', 'prefix'):
-        made, model = adapter(method), base()
+        made, model = adapter(method), base(method=method)
         kept = {name: t.clone() for name, t in made.tensors.items()}
-        put_to(model, made, 'a test')
+        put_adapter(model, made, 'a test')
         ours = [p for p in model.parameters() if p.requires_grad]
         assert sum(p.numel() for p in ours) == sum(t.numel() for name, t in kept.items() if 'vera_A' not in name
                                                    and 'vera_B' not in name)
@@ -238,16 +216,16 @@ def edited(folder, **changes):
     ('lora', 'trainable_token_indices', [1, 2]), ('lora', 'layer_replication', [[0, 2]]),
     *(('lora', 'init_lora_weights', value) for value in ('pissa', 'pissa_niter_4', 'olora', 'corda', 'loftq')),
     ('lora', 'use_qalora', True), ('lora', 'megatron_config', {'a': 1}), ('lora', 'alora_invocation_tokens', [3]),
-    ('lora', 'task_type', 'SEQ_CLS'), ('lora', 'a_new_key', 1), ('lora', 'peft_type', 'IA3'),
+    ('lora', 'task_type', 'SEQ_CLS'), ('lora', 'a_new_key', 1), ('lora', 'peft_type', 'NOTHING'),
     ('lora', 'peft_type', 'absent'), ('lora', 'target_modules', 'absent'), ('lora', 'target_modules', []),
     ('vera', 'target_modules', None), ('vera', 'bias', 'vera_only'), ('lora', 'target_parameters', ['x']),
     ('prefix', 'prefix_projection', True), ('prompt', 'num_transformer_submodules', 2), ('lora', 'r', 0),
     ('prompt', 'modules_to_save', ['lm_head'])])
 def test_settings_that_mean_something_else_are_refused_by_name(method, key, value, tmp_path):
     folder = write(tmp_path, adapter(method))
-    read(folder)
+    read_adapter(folder)
     with pytest.raises(InputError, match=r'\br=0' if value == 0 else key):
-        read(edited(folder, **{key: value}))
+        read_adapter(edited(folder, **{key: value}))
 
 
 @pytest.mark.parametrize('value, named', [
@@ -256,7 +234,7 @@ def test_settings_that_mean_something_else_are_refused_by_name(method, key, valu
 def test_targets_that_the_model_has_not_are_refused_by_name(value, named, tmp_path):
     folder = edited(write(tmp_path, adapter('lora')), target_modules=value)
     with pytest.raises(InputError, match=named):
-        put_to(base(), read(folder), str(folder))
+        put_adapter(base(), read_adapter(folder), str(folder))
 
 
 @pytest.mark.parametrize('method', ['lora', 'dora', 'vera', 'bottleneck', 'prefix'])
@@ -271,7 +249,7 @@ def test_missing_extra_and_misshaped_tensors_are_refused_by_name(method, tmp_pat
                 continue  # both of them may be missing
             save_file(tensors, folder / WEIGHTS)
             with pytest.raises(InputError, match=re.escape(message)):
-                put_to(base(), read(folder), str(folder))
+                put_adapter(base(method=method), read_adapter(folder), str(folder))
 
 
 @pytest.mark.parametrize('key, value', [
@@ -279,13 +257,13 @@ def test_missing_extra_and_misshaped_tensors_are_refused_by_name(method, tmp_pat
     ('rank_pattern', {'(': 4}), ('rank_pattern', [1]), ('alpha_pattern', {'c_fc': 'x'}), ('layers_to_transform', 'a')])
 def test_settings_that_mean_nothing_are_refused(key, value, tmp_path):
     with pytest.raises(InputError):
-        put_to(base(), read(edited(write(tmp_path, adapter('lora')), **{key: value})), str(tmp_path))
+        put_adapter(base(), read_adapter(edited(write(tmp_path, adapter('lora')), **{key: value})), str(tmp_path))
 
 
 @pytest.mark.parametrize('value', ['absent', None])
 def test_without_a_scale_it_is_refused(value, tmp_path):
     with pytest.raises(InputError, match='no lora_alpha'):
-        read(edited(write(tmp_path, adapter('lora')), lora_alpha=value))
+        read_adapter(edited(write(tmp_path, adapter('lora')), lora_alpha=value))
 
 
 @pytest.mark.parametrize('method', ['lora', 'dora', 'vera', 'bottleneck', 'prompt', 'prefix'])
@@ -296,12 +274,12 @@ def test_tensors_in_16_bits_are_read(method, dtype, tmp_path):
     rounded = {name: t.to(dtype) for name, t in made.tensors.items()}
     save_file(rounded, tmp_path / WEIGHTS)
     expected = logits_with(replace(made, tensors={name: t.float() for name, t in rounded.items()}))
-    assert torch.equal(logits_with(read(tmp_path)), expected)
+    assert torch.equal(logits_with(read_adapter(tmp_path)), expected)
 
 
 def test_a_prefix_for_another_number_of_heads_is_refused(tmp_path):
     with pytest.raises(InputError, match='4 heads, the model has 2'):
-        put_to(base(n_head=2), read(write(tmp_path, adapter('prefix'))), 'it')
+        put_adapter(base(method='prefix', n_head=2), read_adapter(write(tmp_path, adapter('prefix'))), 'it')
 
 
 @pytest.mark.parametrize('name, content, message', [
@@ -315,7 +293,7 @@ def test_damaged_and_missing_files_are_refused(name, content, message, tmp_path)
     else:
         path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
     with pytest.raises(InputError, match=message):
-        read(tmp_path)
+        read_adapter(tmp_path)
 
 
 def test_a_file_that_cannot_be_written_is_an_input_error(tmp_path):
@@ -326,88 +304,3 @@ def test_a_file_that_cannot_be_written_is_an_input_error(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(InputError, match='could not write'):
         write(tmp_path / 'file', adapter('lora'))
-
-
-# Several adapters as one.
-
-STACKED = [('lora', dict(r=4, seed=1)), ('lora', dict(r=2, seed=2, target_modules=['attn.c_attn', 'mlp.c_fc'])),
-           ('vera', dict(r=3, seed=3)), ('lora', dict(r=3, seed=4, use_rslora=True, rank_pattern={'c_fc': 5})),
-           ('lora', dict(r=2, seed=5, target_modules=['c_proj'], layers_to_transform=[1]))]
-
-
-@pytest.mark.parametrize('numbers, weights', [
-    ([0], [-0.5]), ([0, 1], [1.0, 1.0]), ([1, 4], [0.7, -0.3]), ([0, 2, 3], [0.5, 2.0, -1.0]), ([2, 2], [1.0, 0.5])])
-def test_a_stack_adds_up_the_changes(numbers, weights, hf, tmp_path):
-    model = GPT.from_pretrained(hf).eval()
-    adapters = [adapter(STACKED[n][0], model=copy.deepcopy(model), **STACKED[n][1]) for n in numbers]
-    stacked = stack(model.config, adapters, weights, ['a'] * len(numbers))
-    merged = copy.deepcopy(model)
-    for one, weight in zip(adapters, weights, strict=True):
-        put_to(merged, one, 'a test')
-        merge(merged, weight)
-    expected = logits(merged)
-    assert stacked.config.method == 'lora' and stacked.base_hash == fingerprint(model)
-    close(logits_with(stacked, copy.deepcopy(model)), expected)
-    write(tmp_path, replace(stacked, base=hf), model.config)
-    close(logits_with(read(tmp_path), copy.deepcopy(model)), expected)
-    close(loaded_by_peft(pytest.importorskip('peft'), hf, tmp_path, 'lora'), expected)
-
-
-@pytest.mark.parametrize('method', ['dora', 'bottleneck', 'prompt', 'prefix'])
-def test_what_is_no_sum_cannot_be_stacked(method):
-    with pytest.raises(InputError, match='stack|virtual'):
-        stack(base().config, [adapter('lora'), adapter(method)], [1, 1], ['a', 'b'])
-
-
-# The base of an adapter.
-
-def test_the_fingerprint_is_of_every_weight_and_of_nothing_else():
-    model = base()
-    first = fingerprint(model)
-    assert fingerprint(copy.deepcopy(model).requires_grad_(False).train()) == first == fingerprint(base())
-    for p in model.parameters():
-        with torch.no_grad():
-            value = p.flatten()[-1].clone()
-            p.view(-1)[-1] += 1e-3
-            assert fingerprint(model) != first
-            p.view(-1)[-1] = value
-    assert fingerprint(model) == first != fingerprint(base(n_layer=1))
-    for held in (model.bfloat16(), copy.deepcopy(model).float()):
-        assert fingerprint(held) == fingerprint(model) != first
-
-
-def test_another_base_is_refused(hf, tmp_path):
-    model = base(1)
-    made = replace(adapter('lora', model=copy.deepcopy(model)), base=str(tmp_path))
-    state = {'model': model.state_dict(), 'model_args': model.config.to_save(), 'iter_num': 0}
-    checkpoint.save(str(tmp_path), state, best=False)
-    found, _ = load_base([made])
-    assert torch.equal(logits(found.eval()), logits(model)) and fingerprint(found) == made.base_hash
-    for source, refused in ((hf, True), (str(tmp_path), False)):
-        for one in (made, replace(made, base_hash='')):
-            if refused and one.base_hash:
-                with pytest.raises(InputError, match=f'another base than {re.escape(hf)}.*{made.base_hash[:12]}'):
-                    load_base([made], source)
-            else:
-                load_base([one], source)
-    checkpoint.save(str(tmp_path), state | {'model': base(2).state_dict()}, best=False)
-    with pytest.raises(InputError, match='another base'):
-        load_base([replace(made, base_hash=''), made])
-    checkpoint.save(str(tmp_path), state | {'model': base(2).state_dict(), 'merged_from': made.base_hash}, best=False)
-    assert load_base([made], or_merged=True)[1]['merged_from'] == made.base_hash
-    for one, either in ((made, False), (replace(made, config=AdapterConfig('dora')), True)):
-        with pytest.raises(InputError, match='another base|a dora needs the rows'):
-            load_base([one], or_merged=either)
-    with pytest.raises(InputError, match='another base'):
-        check_base(made, fingerprint(base(2)), 'it')
-    with pytest.raises(InputError, match='init_from'):
-        load_base([replace(made, base='')])
-
-
-def test_the_base_is_held_as_it_was_in_training(hf):
-    made = replace(adapter('lora', model=GPT.from_pretrained(hf)), base=hf, base_format='nf4')
-    model, _ = load_base([made])
-    put_to(model, made, 'it')
-    assert parts(model) and all(isinstance(part.base, NF4Linear) for _, part in parts(model))
-    with pytest.raises(InputError, match='in nf4, another of one in float32'):
-        load_base([made, replace(made, base_format='float32')])

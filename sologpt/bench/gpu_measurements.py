@@ -1,0 +1,301 @@
+"""
+What a row of the gpu suite measures: a function (session, keys of train.py) -> plain values.
+
+Both trainers run as they are, in processes of their own. nanoGPT is asked for its memory and for the seconds of its
+generate() by config files, which it runs as Python. This trainer says both itself. Learning rates of timed steps are 0:
+a step takes as long, and no checkpoint is written. Evaluations are as small as can be, because they belong to no step.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+
+import torch
+
+from configurator import InputError
+from model import GPT, GPTConfig
+from sologpt.bench import adapters, peer, plan, process, race
+from sologpt.bench.gpu_session import STEP, Session
+from sologpt.files.models import read_model
+from sologpt.inference.compiled_step import CompiledStep
+from sologpt.inference.generation import lists_of, stream
+from sologpt.machine import choices, clock, devices, peaks
+from sologpt.matmuls.held import hold_all_linears_in
+from sologpt.training.runs import read_run
+
+UNTIMED = {'eval_interval': 10 ** 6, 'always_save_checkpoint': False, 'learning_rate': 0.0}
+RACE_STEPS = 460  # 30M tokens for nanoGPT
+NEW_TOKENS = 1000  # of a text that is drawn
+
+
+# ---- training steps --------------------------------------------------------------------------------------------------
+
+def train_peer(session: Session, keys: dict) -> dict:
+    """nanoGPT's median step, and its most memory."""
+    memory = ('torch.cuda.max_memory_allocated(device)' if session.device.type == 'cuda' else
+              'resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024')
+    hook = session.file('memory.py', f'import atexit, resource\n'
+                                     f"atexit.register(lambda: print('most memory', {memory}))\n")
+    keys = _peer_keys(session, keys) | UNTIMED | {'eval_iters': 0}
+    session.note('nanoGPT', 'train.py', keys)
+    run, printed = peer.train_peer(session.peer, [hook, *process.flags(keys)], session.path('peer.log'))
+    ms = run.get('time_ms')
+    return {'ms_per_step': ms, 'tokens_per_s': 1000 * run.header['tokens_per_iter'] / ms,
+            'memory_gb': int(_find_last(r'^most memory (\d+)$', printed)) / 1e9}
+
+
+def _find_last(pattern, printed):
+    found = re.findall(pattern, printed, re.M)
+    if not found:
+        raise InputError(f'nanoGPT printed no line {pattern}')
+    return found[-1]
+
+
+def _peer_keys(session, keys):
+    return {'dropout': 0.0} | _machine_keys(session, keys) | {'out_dir': session.path('out-peer')}
+
+
+def _machine_keys(session, keys):
+    return {'device': f'{session.device}', 'dtype': session.dtype, 'log_interval': 1} | keys | {
+        'compile': session.compile and keys.get('compile', True), 'dataset': session.tokens(keys['dataset'])}
+
+
+def train(session: Session, keys: dict) -> dict:
+    """This trainer's median step and most memory, its MFU, and what that is made of."""
+    keys = _own_keys(session, keys) | UNTIMED | {'eval_iters': 1}
+    session.note('here', 'train.py', keys)
+    process.run_own('train.py', process.flags(keys))
+    run = read_run(keys['out_dir'], 'here')
+    return {'ms_per_step': run.get('time_ms'), 'tokens_per_s': run.get('tokens_per_s'), 'mfu': run.get('mfu'),
+            'memory_gb': run.max_memory(),
+            **{key: run.header[key] for key in ('flops_per_token', 'peak_flops', 'peak_source', 'parameters')}}
+
+
+def _own_keys(session, keys):
+    if session.device.type == 'cpu':  # which refuses what is for a GPU alone
+        keys = {key: value for key, value in keys.items() if key != 'memory_limit'} | (
+            {'attn_backend': 'sdpa'} if keys.get('attn_backend') in choices.GPU_ATTENTION else {})
+    return _machine_keys(session, keys) | {'out_dir': session.path('out')} | (
+        {'init_from': session.base()} if keys.get('init_from') == 'base' else {})
+
+
+def train_by_number(session: Session, keys: dict) -> dict:
+    """train() on the device by its number, such as cuda:0."""
+    return train(session, keys | {'device': f'{session.device.type}:{session.device.index or 0}'})
+
+
+def foreseen(session: Session, keys: dict) -> dict:
+    """The memory that is foreseen for this step, in GB, by the sequences of a micro-batch."""
+    keys = _own_keys(session, keys)
+    sizes = {max(1, keys['batch_size'] * n // 16) for n in (16, 24, 32, 64)}
+    session.note('here', 'bench.py --suite=plan', keys)
+    return {'peak_gb': session.child('gpu_measurements', f'print_foreseen({process.flags(keys)!r}, {sorted(sizes)})')}
+
+
+def print_foreseen(train_args: list[str], sizes: list[int]) -> None:
+    """Print, as JSON: sequences -> GB."""
+    options, _ = process.resolve_train(train_args)
+    found = plan.forecast(options | {'compile': options['compile'] is True}, plan.model_config(options))
+    print(json.dumps({size: found.at(size).peak / 1e9 for size in sizes}))
+
+
+def wait_for_batches(session: Session, keys: dict) -> dict:
+    """How long a step of 50 ms waits for its batch, and how long a batch takes at once after another."""
+    size = session.sized(STEP)
+    call = (session.tokens('tokens'), size['batch_size'], size['block_size'], 50.0, 2000, 20, f'{session.device}')
+    return session.child('data', f'read_batches(*{call!r})')
+
+
+# ---- the race --------------------------------------------------------------------------------------------------------
+
+def race_peer(session: Session, keys: dict) -> dict:
+    """nanoGPT's recipe, warm-up and decay scaled to its tokens: seconds, and the loss that is to be reached."""
+    name, steps = session.dataset or 'code', 20 if session.small else RACE_STEPS
+    keys = _peer_keys(session, keys | {'dataset': name}) | {
+        'max_iters': steps, 'lr_decay_iters': steps, 'warmup_iters': steps // 20, 'eval_interval': steps // 4,
+        'learning_rate': 6e-4, 'min_lr': 6e-5, 'eval_iters': 2 if session.small else 50}
+    folder = peer.link_tokens(keys.pop('dataset'), session.peer, tempfile.mkdtemp(dir=session.folder))
+    session.note('nanoGPT', 'train.py', keys | {'dataset': folder})
+    args = process.flags({key: value for key, value in keys.items() if key != 'out_dir'})
+    run = race.race_peer(session.peer, args, folder, 1, session.path('race-peer'))
+    same = {key: keys[key] for key in race.SAME}
+    target, target_is = race.find_target(run, same, folder, session.path('race-peer'))
+    return {'target_val_loss': target, 'target_is': target_is, 'val_crc32': _crc(folder),
+            'eval_iters': keys['eval_iters'], 'steps': steps, 'peer': race.peer_figures(run),
+            'curve': run.curve('seconds')}
+
+
+def _crc(folder):
+    with open(os.path.join(folder, 'val.bin'), 'rb') as f:
+        return zlib.crc32(f.read())
+
+
+def race_here(session: Session, keys: dict) -> dict:
+    """This trainer's recipe for GPT-2's size, with a share of nanoGPT's tokens. keys: {'share': ...}."""
+    theirs = session.figures['race'].get('nanoGPT', {})
+    if 'peer' not in theirs:
+        raise InputError('nanoGPT has not been measured')
+    steps = max(4, round(keys['share'] * theirs['steps']))
+    keys = _own_keys(session, session.sized(STEP | {'n_head': 6, 'dataset': session.dataset or 'code'}))
+    keys = _in_total_batch_size(keys) | {
+        'max_iters': steps, 'momentum_warmup': steps // 4, 'eval_interval': steps // 4,
+        'eval_iters': theirs['eval_iters']}
+    if _crc(keys['dataset']) != theirs['val_crc32']:
+        raise InputError("the token files are others than nanoGPT's were: --restart=True measures both")
+    session.note('here', 'train.py config/train_fineweb_124m.py', keys)
+    config_file = os.path.join(process.ROOT, 'config', 'train_fineweb_124m.py')
+    process.run_own('train.py', [config_file, *process.flags(keys)])
+    run = read_run(keys['out_dir'], 'here')
+    return race.race_figures(theirs['peer'], run, theirs['target_val_loss'], theirs['target_is']) | {
+        'curve': run.curve('seconds')}
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+PEER_HOOK = '''import time
+_generate = GPT.generate
+def _timed(self, idx, n, **keys):
+    start = time.perf_counter()
+    y = _generate(self, idx, n, **keys)
+    y.tolist()
+    print(f'\\ndrawn {n} {time.perf_counter() - start}')
+    return y
+GPT.generate = _timed
+'''
+
+
+def sample_peer(session: Session, keys: dict) -> dict:
+    """nanoGPT's sample.py draws two texts in turn; the first warms up."""
+    keys = {'device': f'{session.device}', 'start': 'A', 'max_new_tokens': _new_tokens(session),
+            'out_dir': session.base(), 'num_samples': 2, 'dtype': session.dtype}
+    session.note('nanoGPT', 'sample.py', keys)
+    hook = session.file('generate.py', PEER_HOOK)
+    printed, _ = process.run_script(session.peer, 'sample.py', [hook, *process.flags(keys)])
+    n, seconds = _find_last(r'^drawn (\d+) ([\d.e-]+)$', printed)
+    return {'tokens_per_s': int(n) / float(seconds), 'tokens': int(n)}
+
+
+def _new_tokens(session):
+    return 20 if session.small else NEW_TOKENS
+
+
+def sample(session: Session, keys: dict) -> dict:
+    """This trainer draws a text twice with sample.py's settings; the first warms up and compiles."""
+    call = (f'print_sampling({session.base()!r}, {f"{session.device}"!r}, {_new_tokens(session)}, '
+            f'{session.compile and keys["compile"]})')
+    session.commands.append(session.plain(call))
+    return session.child('gpu_measurements', call)
+
+
+def print_sampling(source: str, device_name: str, new_tokens: int, compile: bool) -> None:
+    """Print, as JSON, how many tokens per second are drawn from a checkpoint. A first text warms up and compiles."""
+    device = devices.find_device(device_name)
+    devices.prepare_device(device)
+    shape = GPTConfig.from_saved(read_model(source)[0])
+    dtype, _ = choices.find_dtype('auto', device, (shape.block_size, shape.n_embd, 4 * shape.n_embd))
+    attn_backend, _ = choices.find_attn_backend('auto', device, dtype, shape.block_size)
+    model, _ = GPT.from_checkpoint(source, dropout=0.0, attn_backend=attn_backend)
+    model.eval().to(device)
+    hold_all_linears_in(model, dtype)
+    step = CompiledStep(model) if compile else None
+    prompt, window_step = torch.full((1, 1), 33, device=device), max(1, shape.block_size // 8)
+    for _ in range(2):
+        generator = torch.Generator(device).manual_seed(1337)
+        clock.synchronize(device)
+        start = time.perf_counter()
+        with devices.autocast(device, dtype):
+            n = len(list(lists_of(stream(model, prompt, new_tokens, 0.8, 200, window_step=window_step,
+                                         generator=generator, step=step))))
+        seconds = time.perf_counter() - start
+    print(json.dumps({'tokens_per_s': n / seconds, 'tokens': n}))
+
+
+# ---- other suites ----------------------------------------------------------------------------------------------------
+
+def run_suite(session: Session, keys: dict) -> dict:
+    """The figures of another suite, which keys['suite'] names."""
+    dest = session.path('suite.json')
+    if session.small:
+        keys |= {'matmul': {'widths': 32, 'tokens': 32}, 'sweep': {'steps': 1, 'gradient_accumulation_steps': 1}}[
+            keys['suite']]
+    if keys['suite'] == 'sweep':
+        keys = _in_total_batch_size(_machine_keys(session, keys)) | {'learning_rate': 0.0}
+    keys = keys | {'device': f'{session.device}', 'dest': dest}
+    session.note('here', 'bench.py', keys)
+    process.run_own('bench.py', process.flags(keys))
+    return process.read_json(dest)['figures']
+
+
+def _in_total_batch_size(keys):
+    """The tokens of a step in total_batch_size."""
+    return {key: value for key, value in keys.items() if key != 'gradient_accumulation_steps'} | {
+        'total_batch_size': keys['batch_size'] * keys['block_size'] * keys['gradient_accumulation_steps']}
+
+
+def run_adapters(session: Session, keys: dict) -> dict:
+    """What adapters cost at GPT-2's shape: that suite without its finetunings, which take an hour."""
+    arguments = process.flags({'device': f'{session.device}', 'dtype': session.dtype, 'compile': False,
+                               'dataset': session.tokens('tokens')})
+    call = f'print_adapters({keys["recipes"]!r}, {arguments!r}, {session.small})'
+    session.commands.append(session.plain(call))
+    return session.child('gpu_measurements', call)
+
+
+def print_adapters(recipes: str, train_args: list[str], small: bool) -> None:
+    """Print, as JSON, what adapters.step_124m() finds of these recipes; if there are none, what serving() finds."""
+    shape, steps, rounds = adapters.SHAPE, 10, adapters.ROUNDS
+    if small:
+        shape, steps, rounds = shape | dict(n_layer=2, n_head=2, n_embd=32, block_size=96), 2, 1
+        recipes = recipes and 'lora'
+    print(json.dumps(adapters.step_124m({'recipes': recipes, 'steps': steps}, train_args, shape, rounds) if recipes
+                     else adapters.serving(train_args, shape)))
+
+
+# ---- the card --------------------------------------------------------------------------------------------------------
+
+def read_card(session: Session, keys: dict) -> dict:
+    """The facts of print_card(), read in a process of its own."""
+    return session.child('gpu_measurements', f'print_card({f"{session.device}"!r}, {session.dtype!r}, {session.small})')
+
+
+def print_card(name: str, dtype: str, small: bool) -> None:
+    """Print, as JSON, what the device is, and how fast a large matmul and a copy are."""
+    device = devices.find_device(name)
+    devices.prepare_device(device)
+    flops = peaks.matmul_flops(device, devices.DTYPES[dtype])
+    found = {'name': devices.device_name(device), 'torch': torch.__version__, 'cuda': torch.version.cuda,
+             'python': sys.version.split()[0], 'matmul_tflops': flops / 1e12}
+    source = torch.ones(2 ** 24 if small else 2 ** 31, dtype=torch.uint8, device=device)
+    dest = torch.empty_like(source)
+    found['copy_gb_per_s'] = 2 * source.numel() / 1e9 / clock.shortest_seconds(lambda: dest.copy_(source), device)
+    if device.type == 'cuda':
+        import triton
+        properties = torch.cuda.get_device_properties(device)
+        found |= {'capability': list(torch.cuda.get_device_capability(device)), 'triton': triton.__version__,
+                  'memory_gb': properties.total_memory / 1e9, 'multiprocessors': properties.multi_processor_count,
+                  'cudnn': torch.backends.cudnn.version(), 'idle': read_nvidia_smi(properties)}
+        a = torch.randn(8192, 8192, device=device, dtype=devices.DTYPES[dtype])
+        for _ in range(int(2 * flops / (2 * 8192 ** 3))):  # two seconds, which are queued
+            a @ a
+        found['busy'] = read_nvidia_smi(properties)
+    print(json.dumps(found))
+
+
+def read_nvidia_smi(properties) -> dict[str, str]:
+    """
+    Driver, clocks in MHz, power in W and temperature in C of one card, as nvidia-smi says; {} if it does not.
+    properties: torch's, of the card.
+    """
+    asked = 'uuid,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu'
+    try:
+        printed = subprocess.run(['nvidia-smi', f'--query-gpu={asked}', '--format=csv,noheader,nounits'],
+                                 capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    cards = [dict(zip(asked.split(','), line.split(', '), strict=False)) for line in printed.splitlines()]
+    return next((card for card in cards if f'{properties.uuid}' in card.pop('uuid')), {})
