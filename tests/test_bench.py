@@ -548,7 +548,7 @@ def test_gpu_beside_nanogpt(project, run_gpu):
     steps, found = figures['training_step'], figures['summary']
     there, here = ([steps[f'{who}, round {n}'] for n in (1, 2)] for who in ('nanoGPT', 'here'))
     for row in there:  # 2 x 4 sequences of 32 tokens
-        assert row['ms_per_step'] == 400 and row['tokens_per_s'] == 256 / 0.4 and 0 < row['memory_gb'] < 1
+        assert row['ms_per_step'] == 400 and row['tokens_per_s'] == 256 / 0.4 and 0 < row['memory_gb'] < 2
     assert found['speed_ratio'] == pytest.approx(sum(400 / row['ms_per_step'] for row in here) / 2)
     mfu = found['mfu']
     assert mfu['here'] / mfu['nanoGPT'] == pytest.approx(found['tokens_per_s']['here'] / 640)
