@@ -163,12 +163,12 @@ folder = OutDir(out_dir) if machine.master and not eval_only else None
 data = open_data(config, machine.master, run.get('tokenizer'))
 final_sample = FinalSample(config, data) if sample_tokens else None
 built = build_model(config, given, data, machine, run)
-model, adapter = built.model, built.adapter
+model = built.model
 recipe = parse_matmul(built.config['matmul'])
-optimizer = build_optimizer(model, built.config, machine.dtype)
+opt = build_optimizer(model, built.config, machine.dtype)
 scaler = machine.scaler()
 progress = Progress.from_saved(run.saved, patience)
-restore_optimizer(optimizer, scaler, run)
+restore_optimizer(opt, scaler, run)
 pruning = Pruning.from_config(config, [layer.weight for layer in block_linears(model)], progress.iter_num)
 loss_of = TrainingLoss(model, machine.compile, sharded=bool(sharding), cuda_graphs=machine.cuda_graphs)
 
@@ -177,12 +177,12 @@ def forecast():
     return forecast_of(model, built.config, machine.dtype, machine.compile, machine.device.type != 'cpu')
 
 
-step = choose_step(config, machine, run, loss_of, optimizer, data.n_ids, forecast)
+step = choose_step(config, machine, run, loss_of, opt, data.n_ids, forecast)
 replicated = machine.torchrun and not sharding
 train_loss = shards.replicate(loss_of, machine.device) if replicated else loss_of
 batches = TrainBatches(data.train, step.batch_size, step.micro_steps, seed, machine.rank, machine.world_size)
-schedule = Schedule(config)
-header = make_header(built, data, machine, step, schedule, optimizer)
+rates = Schedule(config)
+header = make_header(built, data, machine, step, rates, opt)
 report = Report(built.config, given, header, machine, progress, folder, resuming=bool(run))
 clock = report.clock
 watch = FiniteWatch(machine.device, report, out_dir)
@@ -211,16 +211,17 @@ def evaluate():
 
 def save(best):
     """Write out_dir/ckpt.pt, and best.pt if it is the best so far; of an adapter also the files that peft reads."""
-    weights = tensors_of(model) if adapter else model.state_dict(keep_vars=True)
-    weights, moments = shards.gather_whole(weights), shards.gather_whole(optimizer.state_dict())
+    weights = tensors_of(model) if built.adapter else model.state_dict(keep_vars=True)
+    weights, moments = shards.gather_whole(weights), shards.gather_whole(opt.state_dict())
+    of_adapter = {'adapter': built.adapter.to_save()} if built.adapter else {}
     if not machine.master:
         return
     report.saving()
-    if adapter and (best or progress.best_iter == 0):  # the newest, as long as none is better than the base
-        write_adapter(out_dir, replace(adapter, tensors=weights), model.config)
+    if built.adapter and (best or progress.best_iter == 0):  # the newest, as long as none is better than the base
+        write_adapter(out_dir, replace(built.adapter, tensors=weights), model.config)
     checkpoint.save_checkpoint(out_dir, {
-        'model': weights, 'model_args': model.config.to_save(), **({'adapter': adapter.to_save()} if adapter else {}),
-        'optimizer': moments, 'scaler': scaler.state_dict(), **progress.to_save(clock.total),
+        'model': weights, 'model_args': model.config.to_save(), **of_adapter, 'optimizer': moments,
+        'scaler': scaler.state_dict(), **progress.to_save(clock.total),
         'config': built.config, 'matmul': str(recipe or ''), **machine.to_save(step, batch_size == 'auto'),
         'tokens': progress.iter_num * step.tokens, **data.to_save()}, best)
 
@@ -236,9 +237,9 @@ x, y = batches.get(first_iter, 0, machine.device)
 # TRAINING SECTION BEGIN
 while True:
     # the learning rate, and the recipe's end
-    position = schedule.position(progress.iter_num, training_seconds)
-    lr_factor = schedule.factor(position)
-    set_rates(optimizer, progress.iter_num, lr_factor)
+    position = rates.position(progress.iter_num, training_seconds)
+    lr_factor = rates.factor(position)
+    set_rates(opt, progress.iter_num, lr_factor)
     if recipe and recipe.until < 1 and position >= recipe.until * max_iters:
         restore(model)
         recipe = None
@@ -283,16 +284,16 @@ while True:
             scaler.scale(loss / step.micro_steps).backward()
             step_loss += loss.detach() / step.micro_steps
         if grad_clip:
-            scaler.unscale_(optimizer)
+            scaler.unscale_(opt)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
             if sharding:
                 grad_norm = grad_norm.full_tensor()
         if weights_dtype != 'float32' or optimizer_state == '8bit':  # stochastic rounding, the same in every process
             devices.seed_device(machine.device, (seed << 32) + 2 ** 31 + progress.iter_num)
-        scaler.step(optimizer)
+        scaler.step(opt)
         scaler.update()
         pruning.step(progress.iter_num)
-        optimizer.zero_grad(set_to_none=not machine.cuda_graphs)
+        opt.zero_grad(set_to_none=not machine.cuda_graphs)
     finite = step_loss.isfinite()
     if grad_clip and not scaler.is_enabled():  # a scaler skips steps whose gradients are not finite
         finite &= grad_norm.isfinite()

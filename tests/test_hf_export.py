@@ -271,8 +271,8 @@ def test_nanogpt(project, optimizer):
     theirs_optimizer.load_state_dict(theirs['optimizer'])
     if optimizer == 'adamw':
         for p, q in zip((p for group in theirs_optimizer.param_groups for p in group['params']),
-                        (p for group in trained['optimizer'].param_groups for p in group['params']), strict=True):
-            assert torch.equal(theirs_optimizer.state[p]['exp_avg'], trained['optimizer'].state[q]['exp_avg'])
+                        (p for group in trained['opt'].param_groups for p in group['params']), strict=True):
+            assert torch.equal(theirs_optimizer.state[p]['exp_avg'], trained['opt'].state[q]['exp_avg'])
         # it goes on as the run itself would
         before = project.resume(max_iters=8)[0]
         after = project.train(init_from='resume', out_dir='nano', max_iters=8)[0]

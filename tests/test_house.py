@@ -90,3 +90,15 @@ def test_what_a_reader_meets_is_short():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60]
     assert not long
     assert len(resolve(os.path.join(ROOT, 'train.py'), [])[0]) <= 85
+
+
+@pytest.mark.parametrize('script', [f'{name}.py' for name in SCRIPTS])
+def test_no_key_is_bound_again(script):
+    """A key keeps the user's value: what follows from it has a name of its own."""
+    tree, keys = parse(script), resolve(os.path.join(ROOT, script), [])[0]
+    after = next(node.end_lineno for node in tree.body if 'configure(' in ast.unparse(node))
+    inside = {id(n) for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(node)}
+    again = [f'{node.id}, line {node.lineno}' for node in ast.walk(tree)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in inside
+             and node.id in keys and node.lineno > after]
+    assert not again

@@ -55,13 +55,13 @@ for argv in json.load(open('runs.json')):
     sys.argv, calls = ['train.py', *argv], []
     try:
         ran = runpy.run_path(os.path.join(root, 'train.py'), run_name='__main__')
-        moments = [t for state in ran['optimizer'].state.values() for t in state.values()]
+        moments = [t for state in ran['opt'].state.values() for t in state.values()]
         wrote[out_dir] = [elements(ran['model'].parameters()), elements(moments), len(calls)]
     except InputError as e:
         wrote[out_dir] = str(e)
 
 if by_hand:  # a step more of the last run
-    model, optimizer, saved = ran['model'], ran['optimizer'], []
+    model, optimizer, saved = ran['model'], ran['opt'], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t), ran['autocast']:
         loss = model.loss(ran['x'], ran['y'])
     shapes = {p.shape for block in model.transformer.h for p in block.parameters() if p.dim() == 2}

@@ -66,7 +66,7 @@ def test_the_modern_recipe_learns_faster(project):
     lr = [r['lr'] for r in log(project.folder) if 'loss' in r]
     assert lr[2:20] == [0.01] * 18 and lr[30] == pytest.approx(0.005) and lr[39] == pytest.approx(0.0005)
     flops = ran["header"].record["flops_per_token"]
-    assert f'Muon adds {100 * ran["optimizer"].flops() / (64 * flops):.1f} %' in out
+    assert f'Muon adds {100 * ran["opt"].flops() / (64 * flops):.1f} %' in out
     assert len(project.sample(start='a')) > 20
 
 
@@ -374,7 +374,7 @@ def test_resume_keeps_the_config_and_goes_on_from_the_last_step(project):
     project.train(dropout=0.1, n_layer=1, max_iters=4, lr_decay_iters=9)
     ran, out = project.resume(max_iters=6)
     assert ran['dropout'] == 0.1 and ran['n_layer'] == 1
-    assert ran['schedule'].decay_iters == 9 and ran['step'].batch_size == 4
+    assert ran['rates'].decay_iters == 9 and ran['step'].batch_size == 4
     assert 'iter 4:' in out and 'iter 3:' not in out and 'step 4:' not in out  # evaluated before it stopped
 
 
