@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 
+import filelock
 import pytest
 from conftest import TINY, options
 
@@ -58,3 +59,11 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(InputError, match='cannot be written'):
         OutDir(str(tmp_path / 'file' / 'out'))
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, capsys):
+    def acquire(*_, **__):
+        raise NotImplementedError
+    monkeypatch.setattr(filelock.BaseFileLock, 'acquire', acquire)
+    OutDir(str(tmp_path / 'out')).release()
+    assert 'has no locks' in capsys.readouterr().out

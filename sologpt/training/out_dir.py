@@ -35,6 +35,9 @@ class OutDir:
                              f'or choose another out_dir') from None
         except OSError as e:
             raise InputError(f'out_dir={path!r} cannot be written: {e.strerror}') from None
+        except NotImplementedError:
+            print(f'the file system of {path} has no locks: a second run there would not be noticed')
+            return
         self._made = made
         with open(self._holder, 'w', encoding='utf-8') as f:
             json.dump({'pid': os.getpid(), 'host': socket.gethostname(), 'since': time.strftime('%Y-%m-%d %H:%M')}, f)
