@@ -108,8 +108,8 @@ weight_decay: float | None = None  # of matrices; None: 0.1, with an adapter 0
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # the largest norm of the gradient; 0: no clipping
-prune = ''  # the share of weights that become zero in each matrix of the blocks, smallest first: '0.5', or
-# ... '0.5:0.2-0.7' to prune from 0.2 to 0.7 of max_iters, which is also the default
+prune: float | str = 0.0  # the share of weights that become zero in each matrix of the blocks, smallest first: 0.5,
+# ... or '0.5:0.2-0.7' to prune from 0.2 to 0.7 of max_iters, which is also the default
 # with optimizer='muon'
 muon_lr = 0.02  # the highest rate of Muon
 muon_momentum = 0.95

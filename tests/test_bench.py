@@ -301,7 +301,7 @@ def test_a_comparison_goes_on_after_a_row_has_failed(capsys):
 
 def test_a_part_of_the_rows_is_chosen():
     of_all = {'base': {}, 'strassen 1': {'matmul': 'strassen:1'}, 'strassen 2': {'matmul': 'strassen:2'},
-              'pruned': {'prune': '0.5'}}
+              'pruned': {'prune': 0.5}}
     assert choose_rows(of_all, '', ['base']) == of_all
     assert list(choose_rows(of_all, 'pruned', ['base'])) == ['base', 'pruned']
     assert list(choose_rows(of_all, 'strassen', [])) == ['strassen 1', 'strassen 2']

@@ -310,6 +310,13 @@ def test_pruning_rises_to_its_share_and_holds():
     assert shares[30:40] == [shares[30]] * 10 and shares[60:] == [pytest.approx(0.8)] * 20
 
 
+@pytest.mark.parametrize('prune, expected', [
+    (0.0, (0.0, 0.2, 0.7)), ('', (0.0, 0.2, 0.7)), (0.5, (0.5, 0.2, 0.7)), ('0.5', (0.5, 0.2, 0.7)),
+    ('0.5:0.3-0.8', (0.5, 0.3, 0.8))])
+def test_prune_is_a_number_or_a_text(prune, expected):
+    assert pruning.parse_prune(prune) == expected
+
+
 @pytest.mark.parametrize('start, end', [(4.5, 4.5), (3, 9), (0, 8.1)])
 def test_pruning_has_its_share_at_its_end(start, end):
     w = torch.randn(20, 20)

@@ -50,7 +50,7 @@ def make_rows(device: torch.device) -> Rows:
     rows['int8 forward only'] = {'matmul': 'int8:gemms=fwd'}
     rows['mxfp4 backward only'] = {'matmul': 'mxfp4:gemms=dgrad+wgrad'}
     rows['bfloat16 weights'] = {'dtype': 'bfloat16', 'weights_dtype': 'bfloat16'}
-    rows['half the weights pruned'] = {'prune': '0.5'}
+    rows['half the weights pruned'] = {'prune': 0.5}
     return rows
 
 

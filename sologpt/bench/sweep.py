@@ -13,7 +13,9 @@ from sologpt.bench.pictures import draw_picture, style_axes
 from sologpt.bench.process import resolve_train
 from sologpt.bench.rows import train_row
 from sologpt.machine import choices, devices
+from sologpt.training.resume import overruled_key
 from sologpt.training.runs import Run
+from sologpt.training.step import resolve_step
 
 WITHIN = 0.98  # of the fastest: the sizes among which the best is the one with the least memory
 QUIET = {'eval_iters': 1, 'always_save_checkpoint': False, 'wandb_log': False, 'log_interval': 1}
@@ -38,13 +40,12 @@ def measure(config: dict, train_args: list[str], picture: str) -> dict:
 
 def tokens_of_step(config: dict, given: list[str]) -> tuple[int, int]:
     """(tokens in a step, tokens in a sequence) of train.py's config. Raises InputError."""
-    total, accumulated = config['total_batch_size'], config['gradient_accumulation_steps']
-    order = [key for key in given if key in ('total_batch_size', 'gradient_accumulation_steps')]
-    if total is not None and order[-1:] != ['gradient_accumulation_steps']:  # the one that was set last rules
-        return total, config['block_size']
-    if config['batch_size'] == 'auto':
+    if overruled := overruled_key(config, given):
+        config = config | {overruled: None}
+    tokens = config['total_batch_size']
+    if tokens is None and config['batch_size'] == 'auto':
         raise InputError('batch_size=auto needs total_batch_size, the tokens in a step')
-    return config['batch_size'] * config['block_size'] * (accumulated or 40), config['block_size']
+    return tokens or resolve_step(config, world_size=1).tokens, config['block_size']
 
 
 def _find_dtype(train_args):

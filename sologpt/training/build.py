@@ -26,6 +26,7 @@ from sologpt.tokens import tokenizer
 from sologpt.training.checks import check
 from sologpt.training.data import Data
 from sologpt.training.forecast import Forecast
+from sologpt.training.machine import Machine
 from sologpt.training.micro_batch import MemoryAdvice
 from sologpt.training.optimizers import build_optimizer
 from sologpt.training.out_dir import same_folder
@@ -46,7 +47,7 @@ class Built:
     matmul_how: str  # what computes the matmuls of the blocks, in words
 
 
-def build_model(config: dict, given: list[str], data: Data, machine, run: Resumed) -> Built:
+def build_model(config: dict, given: list[str], data: Data, machine: Machine, run: Resumed) -> Built:
     """The model of a run, on its device, and its adapter. Opens the data's tokens. Raises InputError."""
     adapter = find_adapter(config, given, run)
     if adapter:
@@ -116,7 +117,7 @@ def find_adapter(config: dict, given: list[str], run: Resumed) -> Adapter | None
 def find_weights(config: dict, given: list[str], data: Data, run: Resumed,
                  adapter: Adapter | None) -> tuple[str, GPTConfig, dict | None]:
     """
-    (where they are from, the model's config, name -> tensor) of the weights that a run begins with; None for new ones.
+    (where the weights are from, the model's config, the weights by name) that a run begins with. New weights are None.
     Raises InputError.
     """
     if run and not adapter:
@@ -181,7 +182,8 @@ def prepare_model(model: GPT, config: dict, adapter: Adapter | None, dtype: str,
         if config['base_format'] == 'float32' and not config['matmul']:  # a recipe rounds float32 weights by itself
             hold_block_linears_in(model, dtype)
         if adapter.tensors:
-            put_adapter(model, adapter, adapter.base)
+            resumed = config['init_from'] == 'resume'
+            put_adapter(model, adapter, config['out_dir'] if resumed else config['adapter_from'])
         else:
             attach(model, adapter.config)
         devices.give_back_memory()
@@ -219,6 +221,6 @@ def _begin_virtual_tokens(model, data, machine):
 
 
 def forecast_of(model: GPT, config: dict, dtype: str, compile: bool, gpu: bool) -> Forecast:
-    """The memory of the run's step, foreseen. gpu: whether it runs on one."""
+    """The Forecast of a run's step. gpu: whether it runs on one."""
     return Forecast(model, lambda model: build_optimizer(model, config, dtype), config['block_size'], dtype, compile,
                     config['optimizer_state'] == 'cpu', gpu)

@@ -30,7 +30,8 @@ CHOICES = {
     'checkpoint_activations': (False, True, 'selective'), 'optimizer_state': tuple(MOMENTS),
     'accumulate': ('reduced', 'float32', 'float16'), 'compile': ('auto', True, False, 'cuda_graphs')}
 
-# (when it is refused, why) of c: the config's keys and what follows from them (see check)
+# Rows of (test, message). The test gets c: the config's keys, and what check() adds to them. If it is true, the message
+# is the error, with c's values filled in.
 CONFLICTS = [
     (lambda c: c.prune and c.train_minutes,
      'prune follows max_iters, which train_minutes may not reach: give --train_minutes=0'),
@@ -85,7 +86,7 @@ WITH_SHARDING = [
      'with adapter={adapter}, which begins as what the whole model makes of a text; use another adapter, or leave '
      'sharding out'),
 ]
-# of c and the dtype that was found for the matmuls
+# The same, after the dtype of the matmuls was found: c has found_dtype and dtype_reason
 WITH_DTYPE = [
     (lambda c: c.weights_dtype not in ('float32', c.found_dtype),
      'weights_dtype={weights_dtype} needs matmuls in it, but dtype is {found_dtype} ({dtype_reason})'),

@@ -5,6 +5,7 @@ import torch
 from model import GPT
 from sologpt.machine import devices
 from sologpt.training.data import Data
+from sologpt.training.machine import Machine
 
 
 class FinalSample:
@@ -13,7 +14,7 @@ class FinalSample:
         self.text, self.tokens, self.seed = data.tokenizer(), config['sample_tokens'], config['seed']
         self.start = self.text.encode(config['sample_start']) if config['sample_start'] else None
 
-    def draw(self, model: GPT, data: Data, machine) -> str:
+    def draw(self, model: GPT, data: Data, machine: Machine) -> str:
         """The text. Processes that share a model draw it together, all the same; others may draw alone."""
         model.eval()
         ids = self.start or data.val.read(0, 0.0)[:16].astype('int64').tolist()

@@ -8,22 +8,21 @@ import torch
 from configurator import InputError
 
 
-def parse_prune(text: str) -> tuple[float, float, float]:
+def parse_prune(prune: float | str) -> tuple[float, float, float]:
     """
-    (share of zeros, from, to) of '', '0.5' or '0.5:0.2-0.7'; from and to are shares of max_iters. Raises InputError.
+    (share of zeros, from, to) of 0.5 or '0.5:0.2-0.7'; from and to are shares of max_iters. '' is 0, no pruning. Raises
+    InputError.
     """
-    if not text:
-        return 0.0, 0.2, 0.7
-    found = re.fullmatch(r'([\d.]+)(?::([\d.]+)-([\d.]+))?', text)
+    found = re.fullmatch(r'([\d.]+)(?::([\d.]+)-([\d.]+))?', str(prune) or '0')
     try:
         share, start, end = (float(number) for number in (found[1], found[2] or 0.2, found[3] or 0.7))
     except (TypeError, ValueError):
-        raise InputError(f'prune={text!r} must be a share such as 0.5, or 0.5:0.2-0.7 to prune from 0.2 to 0.7 of '
+        raise InputError(f'prune={prune!r} must be a share such as 0.5, or 0.5:0.2-0.7 to prune from 0.2 to 0.7 of '
                          f'max_iters') from None
     if share >= 1:
-        raise InputError(f'prune={text}: the share of zeros must be below 1')
+        raise InputError(f'prune={prune}: the share of zeros must be below 1')
     if not start <= end <= 1:
-        raise InputError(f'prune={text}: it must begin before it ends, and end by 1')
+        raise InputError(f'prune={prune}: it must begin before it ends, and end by 1')
     return share, start, end
 
 

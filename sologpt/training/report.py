@@ -20,6 +20,8 @@ import torch
 
 from configurator import InputError, describe, report_errors
 from sologpt.machine import clock, devices
+from sologpt.training.machine import Machine
+from sologpt.training.out_dir import OutDir
 from sologpt.training.progress import Progress
 from sologpt.training.runs import read_log
 
@@ -42,8 +44,8 @@ class Header:
 
 
 class Report:
-    def __init__(self, config: dict, given: list[str], header: Header, machine, progress: Progress, out_dir=None,
-                 resuming: bool = False):
+    def __init__(self, config: dict, given: list[str], header: Header, machine: Machine, progress: Progress,
+                 out_dir: OutDir | None = None, resuming: bool = False):
         """
         Print the header and open the log. out_dir: an OutDir, or None if nothing is to be logged to files. Raises
         InputError, before anything is moved.
@@ -138,7 +140,7 @@ class Report:
 class RunLog:
     """out_dir/log.jsonl, and a run of W&B beside it."""
 
-    def __init__(self, out_dir, header: dict, resume_at: int | None = None, wandb_options: dict | None = None):
+    def __init__(self, out_dir: OutDir, header: dict, resume_at: int | None = None, wandb_options: dict | None = None):
         """
         A new log, with what an earlier run left in out_dir, an OutDir, set aside. Or, resumed at step resume_at, the
         old log without what will be done again. wandb_options: what wandb.init takes; `wandb_id` is then the run's id.

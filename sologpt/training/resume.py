@@ -51,11 +51,21 @@ def resume(namespace: dict, config: dict, given: list[str]) -> Resumed:
         run = Resumed(path, checkpoint.read_checkpoint(path, mmap=config['sharding'] != ''))
         _take_over(namespace, config, given, run)
         _check_something_is_left(config, run)
-    if config['total_batch_size'] is not None and config['gradient_accumulation_steps'] is not None:
-        order = [key for key in given if key in ('total_batch_size', 'gradient_accumulation_steps')]
-        loser = 'total_batch_size' if order[-1:] == ['gradient_accumulation_steps'] else 'gradient_accumulation_steps'
-        config[loser] = namespace[loser] = None
+    if overruled := overruled_key(config, given):
+        config[overruled] = namespace[overruled] = None
     return run
+
+
+def overruled_key(config: dict, given: list[str]) -> str | None:
+    """
+    The key that does not count if both total_batch_size and gradient_accumulation_steps are set: the one that was set
+    earlier. given: the keys that were set, in order.
+    """
+    sizes = ('total_batch_size', 'gradient_accumulation_steps')
+    if None in (config[key] for key in sizes):
+        return None
+    latest = next((key for key in reversed(given) if key in sizes), sizes[0])
+    return sizes[1 - sizes.index(latest)]
 
 
 def _take_over(namespace, config, given, run):
