@@ -23,8 +23,9 @@ from sologpt.files.checkpoint import load_weights
 from sologpt.files.models import read_model
 from sologpt.inference import generation
 from sologpt.inference.contexts import Context, Documents, KVCache
+from sologpt.machine.devices import matmul_dtype
 from sologpt.matmuls.attention import ATTENTION
-from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_chunk
+from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_logits
 from sologpt.matmuls.elementwise import relu_squared, rms_norm
 from sologpt.matmuls.recompute import RECOMPUTE
 
@@ -299,23 +300,21 @@ class GPT(nn.Module):
             x = block(x, context.layer(i))
         return self.transformer.ln_f(x)
 
-    def loss(self, idx: Tensor, targets: Tensor, piece=loss_of_chunk) -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, piece=loss_of_logits) -> Tensor:
         """
         idx, targets: (B, T) ids -> the mean cross-entropy in nats over targets other than -1. A large vocabulary's
-        logits never exist as a whole. piece: loss_of_chunk() or the same compiled.
+        logits never exist as a whole. piece: loss_of_logits() or the same compiled.
         """
         return self.loss_of_hidden(self.hidden(idx), targets, piece)
 
-    def loss_of_hidden(self, x: Tensor, targets: Tensor, piece=loss_of_chunk) -> Tensor:
+    def loss_of_hidden(self, x: Tensor, targets: Tensor, piece=loss_of_logits) -> Tensor:
         """The loss() of x, (B, T, n_embd), as hidden() returns it."""
         x, targets = x.flatten(0, 1), targets.flatten()
         if self.config.loss_chunk == 0:
             return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1)
-        weight = self.lm_head.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        return ChunkedCrossEntropy.apply(x, weight, targets, self.config.loss_chunk, piece, torch.is_grad_enabled())
+        x = x.to(matmul_dtype(x))
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.loss_chunk, piece,
+                                         torch.is_grad_enabled())
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """

@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sologpt.inference.contexts import Context
 from sologpt.inference.generation import sample
 from sologpt.machine.devices import autocast
 from sologpt.matmuls import attention, elementwise
-from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_chunk
+from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_logits
 from sologpt.training.loss import TrainingLoss
 
 transformers = pytest.importorskip('transformers')
@@ -316,7 +317,7 @@ def test_chunked_loss_is_the_whole_one(dtype, tolerance):
     targets = torch.randint(30, (50,), generator=g)
     targets[[3, 7, 40]] = -1
     a, b = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
-    chunked = ChunkedCrossEntropy.apply(a, b, targets, 16, loss_of_chunk, True)
+    chunked = ChunkedCrossEntropy.apply(a, b, targets, 16, loss_of_logits, True)
     p, q = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
     whole = F.cross_entropy((p @ q.T).float(), targets, ignore_index=-1)
     (chunked * 3).backward()
@@ -324,7 +325,38 @@ def test_chunked_loss_is_the_whole_one(dtype, tolerance):
     assert chunked.item() == pytest.approx(whole.item(), rel=tolerance)
     for ours, theirs in ((a.grad, p.grad), (b.grad, q.grad)):
         assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
-    assert ChunkedCrossEntropy.apply(a, b, targets, 16, loss_of_chunk, False).item() == chunked.item()
+    assert ChunkedCrossEntropy.apply(a, b, targets, 16, loss_of_logits, False).item() == chunked.item()
+    again = ChunkedCrossEntropy.apply(a, b, targets, 16, loss_of_logits, True)
+    again.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):  # rather than gradients scaled twice
+        again.backward()
+
+
+def test_on_a_gpu_no_pass_over_the_weights_gradient_follows_a_chunk():
+    """Its matmul adds to the sum in float32. Of the sum itself there are only zeros, and the backward's scaling."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    vocab, d, aten, passes = 300, 8, torch.ops.aten, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            # a fake GPU has shapes for all operations but this one
+            out = kwargs['out'] if func is aten.addmm.dtype_out else func(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and out.shape == (vocab, d) and not func.is_view:
+                passes.append((func, out.dtype))
+            return out
+    # autograd cannot run for a GPU that is not there, so forward and backward are called by hand
+    ctx = SimpleNamespace(needs_input_grad=(True, True))
+    ctx.save_for_backward = lambda *tensors: setattr(ctx, 'saved_tensors', tensors)
+    with FakeTensorMode():
+        x, weight = torch.ones(50, d, device='cuda', dtype=torch.bfloat16), torch.ones(vocab, d, device='cuda')
+        targets = torch.ones(50, device='cuda', dtype=torch.int64)
+        with Watch():
+            loss = ChunkedCrossEntropy.forward(ctx, x, weight, targets, 16, loss_of_logits, True)
+            dx, dweight, *_ = ChunkedCrossEntropy.backward(ctx, torch.ones_like(loss))
+    assert passes == [(aten._to_copy.default, torch.bfloat16), (aten.zeros_like.default, torch.float32),
+                      *[(aten.addmm.dtype_out, torch.float32)] * 4, (aten.mul_.Tensor, torch.float32)]
+    assert dweight.dtype == torch.float32 and dx.dtype == torch.bfloat16
 
 
 def test_chunked_loss_holds_no_full_logits():

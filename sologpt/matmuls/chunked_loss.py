@@ -17,51 +17,54 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Mean cross-entropy of x @ weight.T in nats, `chunk` rows at a time.
 
     The gradients are computed in the forward, while a chunk's logits exist; the backward only scales them. The idea is
-    Liger-Kernel's (https://arxiv.org/abs/2410.10989).
+    Liger-Kernel's (https://arxiv.org/abs/2410.10989). The gradient for the weight is summed in float32.
 
-    x: (N, d) and weight: (V, d), both in the dtype of the matmul; targets: (N,), -1 is ignored; piece: loss_of_chunk()
-    or the same compiled; with_grad: whether gradients are wanted at all.
+    x: (N, d), in the dtype of the matmul; weight: (V, d), in any dtype; targets: (N,), -1 is ignored; piece:
+    loss_of_logits() or the same compiled; with_grad: whether gradients are wanted at all.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, piece: Callable, with_grad: bool):
         need_x, need_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        ctx.weight_dtype, weight = weight.dtype, weight.to(x.dtype)
         count = (targets != -1).sum().clamp(min=1)
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         dx = torch.empty_like(x) if need_x else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for start in range(0, x.size(0), chunk):
-            rows = slice(start, start + chunk)  # all of one size where it divides N: each size is compiled
-            loss = loss + piece(x[rows], weight, targets[rows, None], dx[rows] if need_x else None, dweight)
+        # all chunks are of one size where it divides N: each size is compiled
+        chunks = zip(x.split(chunk), targets.unsqueeze(1).split(chunk), strict=True)
+        for i, (x_rows, target_rows) in enumerate(chunks):
+            of_chunk, dlogits = piece(x_rows @ weight.mT, target_rows, need_x or need_weight)
+            loss += of_chunk
+            if need_x:
+                torch.mm(dlogits, weight, out=dx.narrow(0, i * chunk, len(x_rows)))
+            if need_weight:
+                add_product(dweight, dlogits.mT, x_rows)
+            del dlogits  # before the next chunk's logits are made
         ctx.save_for_backward(dx, dweight, count)
-        ctx.dtype = weight.dtype
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
+        # in place: a second backward would find them changed, and torch then raises an error
         dx, dweight, count = ctx.saved_tensors
         grad = grad / count
-        return (None if dx is None else dx * grad,
-                None if dweight is None else (dweight * grad).to(ctx.dtype), None, None, None, None)
+        return (None if dx is None else dx.mul_(grad),
+                None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype), None, None, None, None)
 
 
-def loss_of_chunk(x: Tensor, weight: Tensor, targets: Tensor, dx: Tensor | None, dweight: Tensor | None) -> Tensor:
+def loss_of_logits(logits: Tensor, targets: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """
-    The summed cross-entropy of x, (n, d), against targets, (n, 1).
-
-    Writes the gradient for x into dx and adds the gradient for weight to dweight, unless they are None.
+    (the summed cross-entropy of logits, (n, V), against targets, (n, 1); its gradient for the logits, in their dtype,
+    or None). A target of -1 is ignored.
     """
     kept, targets = targets != -1, targets.clamp(min=0)
-    logp = F.log_softmax(x @ weight.mT, dim=-1, dtype=torch.float32)  # (n, V)
+    logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -(logp.gather(1, targets) * kept).sum()
-    if dx is not None or dweight is not None:
-        # d loss / d logits before the division by the count: at most 1, which suits float16
-        dlogits = minus_one_hot(logp.exp_(), targets).to(x.dtype)
-        if dx is not None:
-            dx.copy_(dlogits @ weight * kept)
-        if dweight is not None:
-            dweight += dlogits.mT @ (x * kept)
-    return loss
+    if not with_grad:
+        return loss, None
+    # d loss / d logits before the division by the count: at most 1, which suits float16
+    return loss, minus_one_hot(logp.exp_(), targets).mul_(kept).to(logits.dtype)
 
 
 def minus_one_hot(p: Tensor, targets: Tensor) -> Tensor:
@@ -69,3 +72,14 @@ def minus_one_hot(p: Tensor, targets: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # a comparison is fused with what is around it; a scatter needs p in memory
         return torch.where(torch.arange(p.size(1), device=p.device) == targets, p - 1, p)
     return p.scatter_add_(1, targets, -torch.ones_like(targets, dtype=p.dtype))
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """
+    Add a @ b to float32 `sums`, in place. On an NVIDIA GPU the matmul of 16-bit a and b does it by itself: `sums` is
+    read and written once less, and no partial result is rounded to 16 bits.
+    """
+    if a.device.type == 'cuda' and a.dtype != torch.float32 and not torch.version.hip:
+        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    else:
+        sums += a @ b

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from sologpt.matmuls.chunked_loss import loss_of_chunk
+from sologpt.matmuls.chunked_loss import loss_of_logits
 
 
 class TrainingLoss(nn.Module):
@@ -27,12 +27,12 @@ class TrainingLoss(nn.Module):
         if not compile:
             self.compute = model.loss
         elif sharded:
-            piece = torch.compile(loss_of_chunk, **options)
+            piece = torch.compile(loss_of_logits, **options)
             self.compute = lambda idx, targets: model.loss(idx, targets, piece)
         elif model.config.loss_chunk == 0:
             self.compute = torch.compile(model.loss, **options, **mode)
         else:
-            piece = torch.compile(loss_of_chunk, **options)
+            piece = torch.compile(loss_of_logits, **options)
             hidden = torch.compile(model.hidden, **options, **mode)
             self.compute = lambda idx, targets: model.loss_of_hidden(hidden(idx), targets, piece)
 
