@@ -27,6 +27,7 @@ from sologpt.machine.devices import matmul_dtype
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_logits
 from sologpt.matmuls.elementwise import relu_squared, rms_norm
+from sologpt.matmuls.ordinary import packed
 from sologpt.matmuls.recompute import RECOMPUTE
 
 Tensor = torch.Tensor
@@ -149,7 +150,7 @@ class Rotary(nn.Module):
         self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
 
     def forward(self, qk, context):
-        """qk: (B, T, 2, H, hd), queries and keys of the T positions after the context's."""
+        """qk: (B, T, n, H, hd), queries, keys or both, of the T positions after the context's."""
         cos, sin = (context.rows(table, qk.size(1)).to(qk.dtype) for table in (self.cos, self.sin))
         return torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, dims=-1), sin)
 
@@ -187,14 +188,15 @@ class CausalSelfAttention(nn.Module):
         self.rotary = POSITIONS[config.positions](config)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout = config.n_head, config.dropout
+        self.project = packed
         self.attend = ATTENTION[config.attn_backend]
 
     def forward(self, x, context):
         """x: (B, T, n_embd); context: this layer's, to which the keys and values of x are added."""
         B, T, C = x.shape
-        qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split([2, 1], dim=2)
-        qk = self.rotary(self.qk_norm(qk), context)
-        q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # (B, H, T, hd)
+        *qk, v = self.project(self.c_attn, x, self.n_head)  # each (B, T, n, H, hd): n of the three
+        qk = [self.rotary(self.qk_norm(part), context) for part in qk]
+        q, k, v = (z.transpose(1, 2) for part in (*qk, v) for z in part.unbind(2))  # (B, H, T, hd)
         k, v, mask = context.append(k, v)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))

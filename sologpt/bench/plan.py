@@ -23,7 +23,7 @@ from sologpt.files.models import read_model
 from sologpt.machine import devices
 from sologpt.tokens import data_folder
 from sologpt.training import schedules
-from sologpt.training.build import forecast_of, new_model_config, prepare_model
+from sologpt.training.build import forecast_of, new_model_config, prepare_model, with_loss_chunk
 from sologpt.training.forecast import SLACK, Forecast
 from sologpt.training.liveness import nbytes
 from sologpt.training.loss import TrainingLoss
@@ -50,7 +50,7 @@ def measure(config: dict, train_args: list[str], picture: str) -> dict:
     options['dtype'] = 'bfloat16' if options['dtype'] == 'auto' else options['dtype']
     if options['compile'] == 'auto':
         options['compile'] = not device or device.type == 'cuda'
-    shape = model_config(options)
+    shape = with_loss_chunk(model_config(options), 1e9 * config['memory'])
     options['block_size'] = min(options['block_size'], shape.block_size)
     sequences = _sequences(options, given)
     print(f'{shape.n_layer} layers x {shape.n_embd}, {shape.vocab_size:,} ids, T={options["block_size"]}, '
@@ -138,8 +138,10 @@ def build(options: dict, shape: GPTConfig, device: torch.device) -> GPT:
 
 def forecast(options: dict, shape: GPTConfig, device: torch.device | None = None) -> Forecast:
     """The Forecast of train.py with these keys, on `device`; None means a GPU."""
+    # a recipe asks a GPU what it has; a CPU's emulation takes as much memory
+    stand_in = torch.device('cpu' if options['matmul'] else 'cuda')
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(options, shape, device or torch.device('cpu'))
+        model = build(options, shape, device or stand_in)
     gpu = device is None or device.type == 'cuda'
     return forecast_of(model, options | RATES, options['dtype'], bool(options['compile']), gpu)
 

@@ -45,6 +45,11 @@ def device_name(device: torch.device) -> str:
     return device.type.upper()
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """Whether the device is a GPU of NVIDIA's: torch calls AMD's cuda too."""
+    return device.type == 'cuda' and not torch.version.hip
+
+
 def versions() -> dict[str, str]:
     """The device and the versions of torch and Python, which a measured figure has to name."""
     device = find_device('auto')

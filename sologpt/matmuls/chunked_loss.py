@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from sologpt.matmuls.ordinary import add_product
+
 Tensor = torch.Tensor
 
 
@@ -72,14 +74,3 @@ def minus_one_hot(p: Tensor, targets: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # a comparison is fused with what is around it; a scatter needs p in memory
         return torch.where(torch.arange(p.size(1), device=p.device) == targets, p - 1, p)
     return p.scatter_add_(1, targets, -torch.ones_like(targets, dtype=p.dtype))
-
-
-def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """
-    Add a @ b to float32 `sums`, in place. On an NVIDIA GPU the matmul of 16-bit a and b does it by itself: `sums` is
-    read and written once less, and no partial result is rounded to 16 bits.
-    """
-    if a.device.type == 'cuda' and a.dtype != torch.float32 and not torch.version.hip:
-        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
-    else:
-        sums += a @ b

@@ -2,6 +2,7 @@
 The Linear that follows a recipe, and what multiplies for it on this device.
 
     convert(model, spec, ...)  the Linears of the blocks become RecipeLinears of the same parameters
+    sum_in_float32(model)      the same without a recipe: ordinary matmuls, as a GPU computes them best
     restore(model)             they multiply as ordinary Linears again; modules and parameters stay
 """
 
@@ -20,6 +21,7 @@ from sologpt.matmuls.elements import E5M2, Int
 from sologpt.matmuls.elementwise import rms_norm
 from sologpt.matmuls.formats import Format, is_float8
 from sologpt.matmuls.gemms import recipe_matmul
+from sologpt.matmuls.ordinary import OrdinaryMatmul, by_parts
 from sologpt.matmuls.products import fp8_product, int8_product, plain_product, strassen_product
 from sologpt.matmuls.recipes import GEMMS, Gemm, Recipe
 from sologpt.matmuls.spec import MatmulSpec
@@ -136,6 +138,14 @@ def convert(model: nn.Module, spec: MatmulSpec, dtype: str, tokens: int, device:
         model.set_submodule(name, RecipeLinear(layer, strategy))
     kept = f', all but {keep_last} of {n_layer} blocks' if keep_last else ''
     return f'{spec.name}{kept}, {strategy.how}'
+
+
+def sum_in_float32(model: nn.Module) -> None:
+    """Let the Linears of a model's blocks, which are trained in 16 bits on an NVIDIA GPU, use OrdinaryMatmul."""
+    for name, layer in _named_linears(model, 0):
+        model.set_submodule(name, RecipeLinear(layer, Strategy(OrdinaryMatmul, 'in dtype')))
+    for block in model.transformer.h:
+        block.attn.project = by_parts
 
 
 def restore(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from sologpt.files import checkpoint
 from sologpt.files.models import read_model
 from sologpt.machine import devices, sharding
 from sologpt.matmuls.held import hold_base, hold_block_linears_in, hold_matrices_in_bfloat16
-from sologpt.matmuls.recipe_linear import convert
+from sologpt.matmuls.recipe_linear import convert, sum_in_float32
 from sologpt.matmuls.spec import parse_matmul
 from sologpt.tokens import tokenizer
 from sologpt.training.checks import check
@@ -59,6 +59,8 @@ def build_model(config: dict, given: list[str], data: Data, machine: Machine, ru
     model_config = replace(model_config, attn_backend=machine.attn_backend, dropout=config['dropout'],
                            checkpoint_activations=config['checkpoint_activations'],
                            document_eot=data.eot() if config['document_mask'] else None)
+    if machine.device.type == 'cuda':
+        model_config = with_loss_chunk(model_config, machine.memory)
     torch.manual_seed(config['seed'])
     cls = model_class(adapter and adapter.config)
     model = cls(model_config) if weights is None else cls.from_weights(model_config, weights, source)
@@ -168,6 +170,14 @@ def new_model_config(config: dict, vocab_size: int) -> GPTConfig:
     return GPTConfig(**{key: config[key] for key in keys}, vocab_size=rows, n_ids=vocab_size)
 
 
+def with_loss_chunk(config: GPTConfig, memory: float) -> GPTConfig:
+    """
+    The config with four times as many tokens in a piece of the loss if a GPU has 40 GB or more: the gradient of the
+    head is read and written once for each piece. memory: bytes that the run may take.
+    """
+    return replace(config, loss_chunk=4 * config.loss_chunk) if memory >= 40e9 else config
+
+
 # ---- what becomes of it ----------------------------------------------------------------------------------------------
 
 def prepare_model(model: GPT, config: dict, adapter: Adapter | None, dtype: str, device: torch.device) -> str:
@@ -190,6 +200,9 @@ def prepare_model(model: GPT, config: dict, adapter: Adapter | None, dtype: str,
     if config['weights_dtype'] == 'bfloat16':
         hold_matrices_in_bfloat16(model)
     if not config['matmul']:
+        trained_in_float32 = not adapter and config['weights_dtype'] == 'float32'
+        if trained_in_float32 and dtype != 'float32' and devices.is_nvidia(device) and not config['sharding']:
+            sum_in_float32(model)
         return f'in {dtype}'
     return convert(model, parse_matmul(config['matmul']), dtype, rows_of_matmuls(config), device)
 

@@ -1,0 +1,80 @@
+"""
+The matmuls of an ordinary Linear in training, where a GPU can do more than autograd asks of it.
+
+Its weight's gradient leaves the matmul in float32, in which it is summed over micro-batches: it is never rounded to 16
+bits, and no pass over it follows. Queries, keys and values come from one matmul, but their gradients are multiplied one
+by one: to put them into one tensor would be a pass over all three.
+"""
+
+import torch
+import torch.nn as nn
+
+from sologpt.machine import devices
+from sologpt.matmuls.products import cast
+
+Tensor = torch.Tensor
+
+
+class OrdinaryMatmul(torch.autograd.Function):
+    """
+    x, (tokens, in), times w^T -> (tokens, out), in the dtype of x; with parts=n, n tensors of (tokens, out / n).
+
+    w: (out, in), in any dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, parts: int = 1):
+        ctx.w_dtype, w = w.dtype, cast(w, x.dtype)
+        ctx.save_for_backward(x, w)
+        y = x @ w.mT
+        return y if parts == 1 else y.chunk(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, w = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            of_parts = w.chunk(len(grads))
+            dx = grads[0] @ of_parts[0]
+            for g, part in zip(grads[1:], of_parts[1:], strict=True):
+                dx = torch.addmm(dx, g, part)
+        if ctx.needs_input_grad[1]:
+            dw = [product(g.mT, x, ctx.w_dtype) for g in grads]
+            dw = dw[0] if len(dw) == 1 else torch.cat(dw)
+        return dx, dw, None
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in dtype. On an NVIDIA GPU a float32 result of 16-bit tensors is not rounded in between."""
+    if dtype == torch.float32 and _can_widen(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return cast(a @ b, dtype)
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to float32 `sums`, in place; on an NVIDIA GPU within the matmul of 16-bit tensors."""
+    if _can_widen(a):
+        torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    else:
+        sums += a @ b
+
+
+def _can_widen(a):
+    """Whether torch has a matmul from the dtype of `a` to float32."""
+    return a.dtype != torch.float32 and devices.is_nvidia(a.device)
+
+
+# ---- how attention gets its queries, keys and values, each (B, T, n, H, hd): n of the three -------------------------
+
+def packed(c_attn: nn.Module, x: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """Queries and keys, (B, T, 2, H, hd), and values, (B, T, 1, H, hd), of any c_attn: x, (B, T, in), -> 3 H hd."""
+    return c_attn(x).view(*x.shape[:2], 3, n_head, -1).split([2, 1], dim=2)
+
+
+def by_parts(c_attn: nn.Linear, x: Tensor, n_head: int) -> list[Tensor]:
+    """Queries, keys and values, each (B, T, 1, H, hd), of an ordinary Linear."""
+    dtype = devices.matmul_dtype(x)
+    parts = OrdinaryMatmul.apply(x.to(dtype).flatten(0, 1), c_attn.weight, 3)
+    if c_attn.bias is not None:
+        parts = [part + bias for part, bias in zip(parts, c_attn.bias.to(dtype).chunk(3), strict=True)]
+    return [part.view(*x.shape[:2], 1, n_head, -1) for part in parts]
