@@ -4,14 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY, options
 
 from configurator import InputError
+from model import GPT, GPTConfig
 from sologpt.files.checkpoint import read_checkpoint
-from sologpt.machine import clock
+from sologpt.machine import clock, sharding
+from sologpt.training.loss import TrainingLoss
 
 # several runs of train.py in one group of processes, for to start them takes longer than the runs
 WORKER = '''
@@ -200,3 +204,103 @@ def test_what_does_not_combine_with_shares(project, monkeypatch, overrides, mess
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(InputError, match=message):
         project.train(sharding='fsdp', **overrides)
+
+
+# ---- in this process alone -------------------------------------------------------------------------------------------
+
+CPU = torch.device('cpu')
+N_LAYER = 10  # more than the compiler's limit of versions of a function
+
+
+@pytest.fixture
+def alone():
+    """A group of one process: this one."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Backend:
+    """A backend for torch.compile that records which graphs it was given, and how often each one ran."""
+
+    def __init__(self):
+        self.runs = []  # for each graph
+
+    def __call__(self, graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+        compiled, i = aot_eager(graph, inputs), len(self.runs)
+        self.runs.append(0)
+
+        def run(*args):
+            self.runs[i] += 1
+            return compiled(*args)
+        return run
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """What torch.compile uses, if no other backend is asked for."""
+    backend, torch_compile = Backend(), torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, **options: torch_compile(f, **{'backend': backend} | options))
+    return backend
+
+
+def new_model(n_layer=N_LAYER, **config):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=n_layer, n_head=2, n_embd=16, **config))
+
+
+def loss_and_gradients(loss_of, model, dtype):
+    idx = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(1))
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = loss_of(idx, idx.roll(-1, 1))
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('recompute', [False, True, 'selective'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_each_block_of_a_sharded_model_is_one_compiled_graph(alone, backend, arch, dtype, recompute):
+    from torch._dynamo.utils import counters
+    counters.clear()
+    config = dict(arch=arch, zero_init=False, checkpoint_activations=recompute)
+    whole, model = new_model(**config), new_model(**config)
+    expected = loss_and_gradients(whole.loss, whole, dtype)
+    sharding.shard(model, CPU, dtype, compile=True)
+    loss, gradients = loss_and_gradients(TrainingLoss(model, compile=True, sharded=True), model, dtype)
+    assert not counters['graph_break'] and backend.runs == [N_LAYER]
+    # the compiled matmuls are autocast's, and the gains of norms are not rounded to the dtype
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    shares = {name: grad.full_tensor() for name, grad in gradients.items()}
+    torch.testing.assert_close(shares, expected[1], rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_a_sharded_model_draws_text_without_compiling(alone, backend, arch):
+    model = new_model(arch=arch, zero_init=False)
+    idx = torch.tensor([[1, 2, 3]])
+    expected = model.generate(idx, 20, temperature=0, window_step=4)
+    sharding.shard(model, CPU, torch.float32, compile=True)
+    loss_and_gradients(TrainingLoss(model, compile=True, sharded=True), model, torch.float32)
+    assert torch.equal(model.generate(idx, 20, temperature=0, window_step=4), expected)
+    assert backend.runs == [N_LAYER]
+    loss_and_gradients(model.loss, model, torch.float32)  # which is still compiled
+    assert backend.runs == [2 * N_LAYER]
+
+
+@pytest.mark.parametrize('recompute', [False, True, 'selective'])
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_a_replicated_model_is_one_compiled_graph(alone, backend, arch, recompute):
+    """In steps of two micro-batches, and without a warning of torch."""
+    from torch._dynamo.utils import counters
+    counters.clear()
+    config = dict(n_layer=2, arch=arch, zero_init=False, checkpoint_activations=recompute)
+    whole, model = new_model(**config), new_model(**config)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        replicated = sharding.replicate(TrainingLoss(model, compile=True), CPU)
+    for replicated.require_backward_grad_sync in (False, True):
+        expected = loss_and_gradients(whole.loss, whole, torch.float32)
+        torch.testing.assert_close(loss_and_gradients(replicated, model, torch.float32), expected, rtol=1e-5, atol=1e-6)
+    assert not counters['graph_break'] and backend.runs == [2]

@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """A module around the model that averages the gradients of all processes in its backward."""
-    return DistributedDataParallel(
+    replicated = DistributedDataParallel(
         model, device_ids=[device.index] if device.type == 'cuda' else None,
-        broadcast_buffers=False,  # they are constants
         gradient_as_bucket_view=True)  # no second copy of the gradients
+    replicated.broadcast_buffers = False  # they are constants; as an argument it is deprecated in torch 2.13
+    return replicated
 
 
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None, compile: bool) -> None:
@@ -31,7 +32,7 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None, com
 
     dtype: in which a block's matrices are gathered; None: as they are. For plain Linears it should be the dtype of
     their matmuls: if they were gathered in float32, autocast's copies would be kept for the backward, of all blocks at
-    once. compile: each block by itself.
+    once. compile: the blocks, in loss() alone. Each is one graph, and blocks that are alike share it.
 
     Gradients are reduced to shares after each backward, not once per step: until then they would be as large as the
     model.
@@ -41,16 +42,25 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None, com
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
     of_block = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.h:
-        norms = [norm for norm in (block.ln_1, block.ln_2) if list(norm.parameters())]
-        if norms and dtype not in (None, torch.float32):  # autocast leaves their gains as they are
-            fully_shard(norms, mesh=mesh, mp_policy=as_it_is)
+    blocks = model.transformer.h
+    # A group is gathered in one dtype, by hooks of its module. The gains of norms stay as they are, as with autocast.
+    # A group of their own would have its hooks inside the block, where neither the compiler nor checkpointing can see
+    # through them. So they are in the group of the whole model, which has to be made first.
+    fully_shard(model, mesh=mesh, mp_policy=as_it_is, ignored_params={p for b in blocks for p in _gathered_by_block(b)})
+    for block in blocks:
+        gathered = _gathered_by_block(block)
         if compile:
             block.forward = torch.compile(block.forward)
-        fully_shard(block, mesh=mesh, mp_policy=of_block)
-    fully_shard(model, mesh=mesh, mp_policy=as_it_is)
+        fully_shard(block, mesh=mesh, mp_policy=of_block, ignored_params=set(block.parameters()) - gathered)
     for method in ('loss', 'next_logits'):
         register_fsdp_forward_method(model, method)
+    if compile:  # drawing text has a longer cache for every token, and each length would be compiled
+        model.next_logits = torch.compiler.set_stance('force_eager')(model.next_logits)
+
+
+def _gathered_by_block(block):
+    """The block's parameters, without those of its norms."""
+    return set(block.parameters()) - {p for norm in (block.ln_1, block.ln_2) for p in norm.parameters()}
 
 
 def is_share(tensor: torch.Tensor) -> bool:
