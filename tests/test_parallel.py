@@ -15,6 +15,8 @@ from configurator import InputError
 from model import GPT, GPTConfig
 from sologpt.files.checkpoint import read_checkpoint
 from sologpt.machine import clock, sharding
+from sologpt.matmuls.recipe_linear import convert, restore
+from sologpt.matmuls.spec import parse_matmul
 from sologpt.training.loss import TrainingLoss
 
 # several runs of train.py in one group of processes, for to start them takes longer than the runs
@@ -274,6 +276,21 @@ def test_each_block_of_a_sharded_model_is_one_compiled_graph(alone, backend, arc
     torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
     shares = {name: grad.full_tensor() for name, grad in gradients.items()}
     torch.testing.assert_close(shares, expected[1], rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_compiled_blocks_of_a_sharded_model_follow_a_recipe_until_it_ends(alone, backend):
+    """Blocks that differ share no graph, and a block that has changed is compiled again."""
+    whole, model = new_model(), new_model()
+    for m in (whole, model):
+        convert(m, parse_matmul('int8:keep_last=4'), 'float32', 64, CPU)
+    sharding.shard(model, CPU, None, compile=True)
+    loss_of, losses = TrainingLoss(model, compile=True, sharded=True), []
+    for _ in range(2):
+        losses.append(loss_and_gradients(whole.loss, whole, torch.float32)[0])
+        torch.testing.assert_close(loss_and_gradients(loss_of, model, torch.float32)[0], losses[-1], rtol=1e-6, atol=0)
+        restore(whole)
+        restore(model)
+    assert losses[0] != losses[1] and backend.runs == [6, 8, 6]
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
