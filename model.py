@@ -26,6 +26,7 @@ from sologpt.inference.contexts import Context, Documents, KVCache
 from sologpt.machine.devices import matmul_dtype
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_logits
+from sologpt.matmuls.document_attention import DOCUMENT_MASK, dense_mask
 from sologpt.matmuls.elementwise import relu_squared, rms_norm
 from sologpt.matmuls.ordinary import packed
 from sologpt.matmuls.recompute import RECOMPUTE
@@ -239,6 +240,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.document_mask = DOCUMENT_MASK.get(config.attn_backend, dense_mask)
         stem = {}  # what the looked-up embeddings go through before the first block
         if config.positions == 'learned':
             stem['wpe'] = LearnedPositions(config.block_size, config.n_embd)
@@ -283,7 +285,7 @@ class GPT(nn.Module):
     def context(self, idx: Tensor) -> Context:
         """What the tokens idx, (B, T), see if hidden() is given no context."""
         eot = self.config.document_eot
-        return Context() if eot is None else Documents(idx, eot)
+        return Context() if eot is None else Documents(idx, eot, self.document_mask)
 
     def hidden(self, idx: Tensor, context: Context | None = None) -> Tensor:
         """idx: (B, T) ids -> (B, T, n_embd), after the final norm. With a KVCache, idx are the positions after it."""

@@ -11,6 +11,9 @@ adapter's prefix and generation with a cache share one forward.
     FixedCache  the same in tensors that stay where they are, for a compiled step
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from sologpt.matmuls.attention import causal_mask
@@ -49,16 +52,19 @@ class Context:
 class Documents(Context):
     """Each token sees itself and the tokens before it in its own document."""
 
-    def __init__(self, idx: Tensor, eot: int):
-        """idx: (B, T) ids. eot: the id that begins a document."""
+    def __init__(self, idx: Tensor, eot: int, make_mask: Callable[[Tensor], Any]):
+        """
+        idx: (B, T) ids. eot: the id that begins a document. make_mask: a function of document_attention.py, which makes
+        the mask that the attention kernel takes. It is made once, for all layers.
+        """
         self.begins = idx == eot
-        document = self.begins.cumsum(dim=1)
-        self.mask = (document[:, :, None] == document[:, None]).tril()[:, None]  # (B, 1, T, T)
+        position = torch.arange(idx.size(1), device=idx.device, dtype=torch.int32)
+        self.mask = make_mask(torch.where(self.begins, position, 0).cummax(dim=1).values)
 
     def previous(self, x: Tensor) -> Tensor:
         return super().previous(x).masked_fill(self.begins[..., None], 0.0)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
         return k, v, self.mask
 
 

@@ -6,6 +6,7 @@ Each choice is returned as (value, why), so that a run can print the reason.
 
 import contextlib
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -65,29 +66,52 @@ def cpu_has_int8() -> bool:
     return bool(devices.cpu_capabilities().get('avx512_vnni'))
 
 
-def find_attn_backend(name: str, device: torch.device, dtype: str, block_size: int,
-                      shape: tuple[int, int, int, int] | None = None) -> tuple[str, str]:
+def attention_misfit(name: str, device: torch.device, dtype: str, dropout: float = 0.0, documents: bool = False,
+                     compiled: bool = False) -> str:
     """
-    (a backend, why): the attention kernel for 'auto', or the given one if it fits the device.
+    What an attention kernel has to do with but cannot, in words; '' if there is nothing.
+
+    dropout: the run's. documents: whether tokens see only their own document. compiled: whether the model is.
+    """
+    found = [
+        (name in GPU_ATTENTION and documents, 'has no document_mask'),
+        (name in ('flex', *GPU_ATTENTION) and (device.type != 'cuda' or dtype == 'float32'),
+         'is for a GPU, in bfloat16 or float16'),
+        (name == 'cudnn' and 16 * dropout % 1, f'takes dropout in sixteenths, and {dropout} is not one'),
+        (name == 'flex' and not documents, 'is for document_mask=True'),
+        (name == 'flex' and dropout, 'has no dropout'),
+        (name == 'flex' and not compiled, 'is for a model that is compiled')]
+    return next((why for is_so, why in found if is_so), '')
+
+
+def find_attn_backend(name: str, device: torch.device, dtype: str, block_size: int,
+                      shape: tuple[int, int, int, int] | None = None, dropout: float = 0.0) -> tuple[str, str]:
+    """
+    (a backend, why): the attention kernel for 'auto', or the given one if this GPU has it.
 
     On a CPU 'auto' goes by length: up to 1024 tokens (in float32, 512) two plain matmuls and a softmax are faster than
     torch's flash kernel, whose small inner products run at a fraction of the matmul rate. On a GPU in 16 bits 'auto'
-    measures forward and backward with `shape`, (B, H, T, hd); None leaves the choice to torch. Raises InputError.
+    measures forward and backward with `shape`, (B, H, T, hd), and `dropout`; None leaves the choice to torch. Raises
+    InputError.
     """
-    if name not in ('auto', 'sdpa', 'math', *GPU_ATTENTION):
-        raise InputError(f'attn_backend={name!r} is not known: use auto, sdpa, math, {" or ".join(GPU_ATTENTION)}')
-    if name in GPU_ATTENTION and (device.type != 'cuda' or dtype == 'float32'):
-        raise InputError(f'attn_backend={name} is for a GPU, in bfloat16 or float16: use auto')
-    if name != 'auto':
+    if name not in ('auto', 'sdpa', 'math', 'flex', *GPU_ATTENTION):
+        raise InputError(f'attn_backend={name!r} is not known: use auto, sdpa, math, flex, '
+                         f'{" or ".join(GPU_ATTENTION)}')
+    if name != 'auto' and (shape is None or name not in GPU_ATTENTION):
         return name, 'as asked'
     if device.type == 'cpu':
         return ('math' if block_size <= (512 if dtype == 'float32' else 1024) else 'sdpa'), 'by length'
     if device.type != 'cuda' or dtype == 'float32' or shape is None:
         return 'sdpa', "torch's choice"
     found = {}
-    for kernel in GPU_ATTENTION:
-        with contextlib.suppress(RuntimeError):  # not on this GPU, or not for this shape
-            found[kernel] = _attention_seconds(kernel, device, devices.DTYPES[dtype], shape)
+    for kernel in GPU_ATTENTION if name == 'auto' else [name]:
+        with contextlib.suppress(RuntimeError):  # not on this GPU, or not for this shape or dropout
+            found[kernel] = _attention_seconds(kernel, device, devices.DTYPES[dtype], shape, dropout)
+    if name in found:
+        return name, 'as asked'
+    if name != 'auto':
+        raise InputError(f'attn_backend={name}: torch does not have it on {devices.device_name(device)} for heads of '
+                         f'{shape[-1]} dimensions: use auto')
     if not found:
         return 'sdpa', "torch's choice"
     return min(found, key=found.get), ', '.join(f'{kernel} {1000 * s:.2f} ms' for kernel, s in found.items())
@@ -118,12 +142,14 @@ def _linear_seconds(dtype: torch.dtype, rows: int, n_in: int, n_out: int) -> flo
     return clock.shortest_seconds(run, torch.device('cpu'))
 
 
-def _attention_seconds(kernel: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
+def _attention_seconds(kernel: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...],
+                       dropout: float) -> float:
     """Seconds of causal attention, forward and backward. Raises RuntimeError if torch does not have the kernel here."""
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
 
     def run():
-        with sdpa_kernel(GPU_ATTENTION[kernel]):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with sdpa_kernel(GPU_ATTENTION[kernel]), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='(?s).*/sdp_utils')  # why the GPU does not have the kernel
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         torch.autograd.grad(y, (q, k, v), y.detach())
     return clock.shortest_seconds(run, device, budget=0.1)

@@ -10,24 +10,28 @@ Every kernel is called as attend(q, k, v, dropout, mask):
              that sees every key
 """
 
+import contextlib
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from sologpt.machine.choices import GPU_ATTENTION
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 Tensor = torch.Tensor
 
+# The kernels of a GPU, the preferred one first. cuDNN is not among them: it makes a new plan for each length, which
+# takes up to half a second, and its results with a mask are wrong on some GPUs (pytorch#193893, pytorch#196678).
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
-    """Attention by torch's fused kernels: (B, H, T, hd)."""
+    """Attention by torch's fused kernels for any length and any mask: (B, H, T, hd)."""
     if q.size(2) == 1 and mask is not None:
         return single_query(q, k, v, dropout, mask)
     is_causal = mask is None and q.size(2) > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+    with sdpa_kernel(ANY_LENGTH, set_priority=True) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
@@ -69,15 +73,24 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor
     return (weights @ v).view(B, H, T, hd)
 
 
-def _prefer(kernel: SDPBackend) -> Callable:
-    """sdpa() that tries `kernel` first. A mask or a shape that it does not take goes to the next kernel."""
-    order = [kernel, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-    def attention(q, k, v, dropout, mask=None):
-        with sdpa_kernel(order, set_priority=True):
-            return sdpa(q, k, v, dropout, mask)
-    return attention
+def cudnn(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """Causal attention by cuDNN: (B, H, T, hd). One query, or a mask, goes to sdpa()."""
+    if mask is not None or q.size(2) == 1:
+        return sdpa(q, k, v, dropout, mask)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *ANY_LENGTH], set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-ATTENTION = {'sdpa': sdpa, 'causal': causal_sdpa, 'math': math_attention,
-             **{name: _prefer(kernel) for name, kernel in GPU_ATTENTION.items()}}
+def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | BlockMask | None = None) -> Tensor:
+    """
+    Attention with a BlockMask by FlexAttention (https://arxiv.org/abs/2412.05496): (B, H, T, hd). It skips what no
+    query of a block sees, and has no dropout. Another mask, or none, goes to sdpa().
+    """
+    if not isinstance(mask, BlockMask):
+        return sdpa(q, k, v, dropout, mask)
+    if dropout:
+        raise ValueError('FlexAttention has no dropout')
+    return flex_attention(q, k, v, block_mask=mask, kernel_options={'BACKEND': 'TRITON'})
+
+
+ATTENTION = {'sdpa': sdpa, 'causal': causal_sdpa, 'math': math_attention, 'flash': sdpa, 'cudnn': cudnn, 'flex': flex}

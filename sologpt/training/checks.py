@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 from configurator import InputError
 from sologpt.adapters.methods import METHODS
-from sologpt.machine.choices import GPU_ATTENTION
 from sologpt.machine.devices import find_device
 from sologpt.machine.processes import find_processes
 from sologpt.matmuls.spec import parse_matmul
@@ -37,8 +36,6 @@ CONFLICTS = [
      'prune follows max_iters, which train_minutes may not reach: give --train_minutes=0'),
     (lambda c: c.base and not (c.resuming and c.has_adapter),
      'base={base} says where the base of a resumed adapter is; otherwise init_from does'),
-    (lambda c: c.document_mask and c.attn_backend in GPU_ATTENTION,
-     'attn_backend={attn_backend} has no document_mask: use auto'),
     (lambda c: c.memory_limit and c.device_type != 'cuda',
      'memory_limit={memory_limit} is for a GPU, not for {device_type}: leave it out'),
     (lambda c: c.compile == 'cuda_graphs' and (c.torchrun or c.batch_size == 'auto' or c.device_type != 'cuda'),

@@ -103,8 +103,11 @@ def _fake_copy(model, mode):
         fakes = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
         fakes |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
     copied = copy.deepcopy(model, fakes)
+    # a CPU has no others; they keep as much, and flex, which reads no dense mask, as much as causal attention
     for block in copied.transformer.h:
-        if block.attn.attend not in (ATTENTION['sdpa'], ATTENTION['math']):  # a CPU has no others; they keep as much
+        if block.attn.attend is ATTENTION['flex']:
+            block.attn.attend = ATTENTION['causal']
+        elif block.attn.attend not in (ATTENTION['sdpa'], ATTENTION['math']):
             block.attn.attend = ATTENTION['sdpa']
     return copied
 

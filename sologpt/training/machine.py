@@ -4,8 +4,10 @@ import os
 
 import torch
 
+from configurator import InputError
 from model import GPTConfig
 from sologpt.machine import choices, devices, processes
+from sologpt.matmuls.document_attention import find_document_attention
 from sologpt.training.checks import check_dtype
 from sologpt.training.resume import Resumed
 from sologpt.training.step import Step, rows_of_matmuls
@@ -46,21 +48,36 @@ class Machine:
         stays: measured again, it might come out otherwise. needs_mask: attention is given a mask, which not every
         kernel takes. Raises InputError.
         """
-        dtype, attn_backend = config['dtype'], config['attn_backend']
+        dtype = config['dtype']
         if dtype == 'auto':
             dtype = run.get('dtype', {}).get(self.device.type, 'auto')
-        if attn_backend == 'auto':
-            attn_backend = self.chosen_before(run).get('attn_backend', 'auto')
         width = model_config.n_embd
         found = choices.find_dtype(dtype, self.device, (rows_of_matmuls(config), width, 4 * width))
         # 'auto' tries things out, so the first process decides
         found, compiled = processes.of_master((found, (self.compile, self.compile_reason)))
         (self.dtype, self.dtype_reason), (self.compile, self.compile_reason) = found, compiled
         check_dtype(config, self.dtype, self.dtype_reason)
-        T = config['block_size']
-        shape = None if needs_mask else (8, model_config.n_head, T, model_config.head_dim)
         self.attn_backend, self.attn_reason = processes.of_master(
-            choices.find_attn_backend(attn_backend, self.device, self.dtype, T, shape))
+            self._find_attention(config, model_config, run, needs_mask))
+
+    def _find_attention(self, config, model_config, run, needs_mask):
+        """(a backend, why). What was chosen before is chosen again, unless the run now asks for what it cannot do."""
+        name, T, documents = config['attn_backend'], config['block_size'], config['document_mask']
+
+        def misfit(name):
+            return choices.attention_misfit(name, self.device, self.dtype, config['dropout'], documents, self.compile)
+        if why := misfit(name):
+            raise InputError(f'attn_backend={name} {why}: use auto')
+        before = self.chosen_before(run).get('attn_backend', 'auto')
+        if name == 'auto' and not misfit(before):
+            name = before
+        shape = (8, model_config.n_head, T, model_config.head_dim)
+        if name == 'auto' and documents and self.device.type == 'cuda':
+            if why := misfit('flex'):
+                return 'sdpa', f'flex {why}'
+            return find_document_attention(self.device, devices.DTYPES[self.dtype], shape)
+        return choices.find_attn_backend(name, self.device, self.dtype, T, None if needs_mask else shape,
+                                         config['dropout'])
 
     def chosen_before(self, run: Resumed) -> dict:
         """What 'auto' found on a device of this name in an earlier session: keys and values."""
