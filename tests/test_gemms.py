@@ -1,12 +1,13 @@
+import pytest
 import torch
-from linears import linear, tensors
+from linears import linear, tensors, through
 
 from sologpt.matmuls import gemms, products
-from sologpt.matmuls.elements import BYTE
+from sologpt.matmuls.elements import BYTE, E5M2
 from sologpt.matmuls.formats import Format
 from sologpt.matmuls.gemms import multiply, recipe_matmul
 from sologpt.matmuls.products import plain_product
-from sologpt.matmuls.recipes import Gemm, Recipe
+from sologpt.matmuls.recipes import RECIPES, Gemm, Recipe
 
 
 def test_a_recipe_without_formats_is_a_matmul():
@@ -42,3 +43,21 @@ def test_the_operands_of_the_backward_are_kept_as_they_were_rounded():
     assert {t.dtype for t in kept('int8')} == {torch.int8}
     assert {t.dtype for t in kept('fp8')} == {torch.float8_e4m3fn}
     assert {t.dtype for t in kept('mxfp8')} == {torch.float32}  # rounded along another dimension then
+
+
+@pytest.mark.parametrize('name, times', [('fp8', 1), ('fp4_dge', 2)])  # fp4_dge: two operands' scales go into it
+def test_the_gradient_is_encoded_once_where_one_scale_serves_both_matmuls(name, times, monkeypatch):
+    encode, encoded = Format.encode, []
+
+    def encode_and_count(format, *args):
+        encoded.append(format.element)
+        return encode(format, *args)
+    x, w, g = tensors()
+    recipe = RECIPES[name]
+    monkeypatch.setattr(Format, 'encode', encode_and_count)
+    _, dx, dw = through(recipe_matmul(recipe, [plain_product] * 3).apply, x, w, g)
+    assert encoded.count(E5M2) == times  # in these recipes nothing but gradients is in E5M2
+    x, w = x.detach(), w.detach()
+    assert torch.equal(dx, multiply(recipe.dgrad, plain_product, g, w.T, torch.float32))
+    estimate = recipe.estimator(w) if recipe.estimator else 1
+    assert torch.equal(dw, multiply(recipe.wgrad, plain_product, g.T, x.T, torch.float32) * estimate)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from sologpt.matmuls.formats import Encoded, Format
+from sologpt.matmuls.formats import Encoded
 from sologpt.matmuls.products import cast
 from sologpt.matmuls.recipes import Gemm, OperandFormat, Recipe
 
@@ -20,13 +20,13 @@ def recipe_matmul(recipe: Recipe, products: Sequence[Callable]) -> type[torch.au
     """
     The autograd.Function of x, (tokens, in), and w, (out, in) -> (tokens, out), whose matmuls follow the recipe.
 
-    products: those of fwd, dgrad and wgrad (see products.py). Where the backward needs the transpose of an encoding
-    that the forward has made, that encoding is kept instead of the tensor.
+    products: those of fwd, dgrad and wgrad (see products.py). Where one encoding of x, w or g serves two matmuls, it is
+    made once. That of x or w is then kept for the backward instead of the tensor.
     """
     fwd, dgrad, wgrad = recipe.fwd, recipe.dgrad, recipe.wgrad
-    keep_x = fwd.a is not None and fwd.a.kept and wgrad.b == fwd.a.mT and not (fwd.hadamard or wgrad.hadamard)
-    keep_w = fwd.b is not None and fwd.b.kept and dgrad.b == fwd.b.mT and not (fwd.hadamard or dgrad.hadamard)
-    keep_x = keep_x and getattr(fwd.b, 'shared', None) != 'column'  # x would be encoded with that scale in it
+    keep_x = _serves_both(fwd.a, wgrad.b, fwd, wgrad) and fwd.a.kept and not fwd.moves_scale
+    keep_w = _serves_both(fwd.b, dgrad.b, fwd, dgrad) and fwd.b.kept
+    share_g = _serves_both(dgrad.a, wgrad.a, dgrad, wgrad) and not (dgrad.moves_scale or wgrad.moves_scale)
     turns = max(gemm.hadamard for gemm in (fwd, dgrad, wgrad))
 
     class RecipeMatmul(torch.autograd.Function):
@@ -47,6 +47,7 @@ def recipe_matmul(recipe: Recipe, products: Sequence[Callable]) -> type[torch.au
             x_dtype, w_dtype = ctx.dtypes
             dx = dw = None
             with torch.autocast(g.device.type, enabled=False):
+                g = dgrad.a.encode(g) if share_g else g
                 if ctx.needs_input_grad[0]:
                     b = Encoded(w, w_scale).mT if keep_w else w.mT
                     dx = multiply(dgrad, products[1], g, b, x_dtype, signs=signs)
@@ -58,6 +59,11 @@ def recipe_matmul(recipe: Recipe, products: Sequence[Callable]) -> type[torch.au
             return dx, dw
 
     return RecipeMatmul
+
+
+def _serves_both(format: OperandFormat | None, of_transpose: OperandFormat | None, *gemms: Gemm) -> bool:
+    """Whether a tensor's encoding in one of the gemms is the transpose of its transpose's encoding in the other."""
+    return format is not None and of_transpose == format.mT and not any(gemm.hadamard for gemm in gemms)
 
 
 def multiply(gemm: Gemm, product: Callable, a: Tensor | Encoded, b: Tensor | Encoded, dtype: torch.dtype,
@@ -73,8 +79,7 @@ def multiply(gemm: Gemm, product: Callable, a: Tensor | Encoded, b: Tensor | Enc
     if not isinstance(b, Encoded):
         b = _encode(gemm.b, b)
     times = None
-    if isinstance(gemm.b, Format) and gemm.b.shared == 'column':
-        # a scale along K cannot leave the sum: a is multiplied by it before a is rounded
+    if gemm.moves_scale:
         b, times = Encoded(b.values, None), b.scale
     if not isinstance(a, Encoded):
         a = _encode(gemm.a, a, times)

@@ -51,6 +51,11 @@ class Gemm:
         assert getattr(self.a, 'shared', None) != 'column', \
             'a cannot have a scale along K: only a scale of b can be moved to the other operand'
 
+    @property
+    def moves_scale(self) -> bool:
+        """Whether b has a scale along K. It cannot leave the sum: a is multiplied by it before a is rounded."""
+        return getattr(self.b, 'shared', None) == 'column'
+
 
 @dataclass(frozen=True)
 class Recipe:
