@@ -50,6 +50,12 @@ def same(a, b):
         and torch.equal(a.nan_to_num(0), b.nan_to_num(0)) and torch.equal(a.isinf(), b.isinf())
 
 
+def digits(values):
+    """The most binary digits that any of the values has, from the first 1 to the last."""
+    numerators = {value.as_integer_ratio()[0] for value in values.float().unique().tolist()}
+    return max((n // (n & -n)).bit_length() for n in map(abs, numerators) if n)
+
+
 def bfloat16s():
     """All that are finite, as float32."""
     x = torch.arange(-2 ** 15, 2 ** 15).to(torch.int16).view(torch.bfloat16).float()

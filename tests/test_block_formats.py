@@ -12,6 +12,7 @@ from reference_formats import (
     GRIDS,
     INF,
     NAN,
+    digits,
     each_element,
     gaussian,
     nearest,
@@ -174,6 +175,34 @@ def test_errors_on_gaussian_data(format, error):
     """A scale that is off by a factor, or a grid that is not used to its ends, costs more than the tolerance here."""
     x = gaussian(512, 512)
     assert ((format.encode(x).decode() - x).norm() / x.norm()).item() == pytest.approx(error, rel=0.01)
+
+
+@each_element
+def test_bfloat16_holds_elements_times_powers_of_two(name):
+    """Exactly, for every element and scale, from the smallest normal number on."""
+    scale = torch.exp2(torch.arange(-127, 128))
+    values = ELEMENTS[name].grid[:, None] * scale
+    normal = values.isfinite() & ((values >= 2.0 ** -126) | (values == 0))
+    assert torch.equal(values.bfloat16().float()[normal], values[normal])
+    assert normal[1:, :].sum() > 200 * (len(ELEMENTS[name].grid) - 1)
+
+
+def test_bfloat16_holds_nvfp4():
+    values = E2M1.grid[:, None] * E4M3.grid
+    assert torch.equal(values.bfloat16().float(), values)
+    assert digits(values) == BlockFormat(E2M1, (1, 16), 'e4m3').significant_bits == 6
+
+
+def test_values_in_bfloat16_are_the_same():
+    x = gaussian(64, 96) * torch.exp2(20 * gaussian(64, 1, seed=1))
+    for format in {format for recipe in RECIPES.values() for gemm in (recipe.fwd, recipe.dgrad, recipe.wgrad)
+                   for format in (gemm.a, gemm.b) if isinstance(format, BlockFormat)}:
+        torch.manual_seed(0)
+        usual = format.encode(x)
+        torch.manual_seed(0)
+        short = replace(format, dtype=torch.bfloat16).encode(x)
+        assert short.values.dtype == torch.bfloat16 and torch.equal(short.values.float(), usual.values), format
+        assert short.scale is usual.scale is None or torch.equal(short.scale, usual.scale)
 
 
 @pytest.mark.parametrize('bad', [NAN, INF, -INF])

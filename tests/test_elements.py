@@ -8,6 +8,7 @@ from reference_formats import (
     NAN,
     bfloat16s,
     critical,
+    digits,
     each_element,
     nearest,
     of_many_sizes,
@@ -52,6 +53,14 @@ def test_grids_are_ocps():
                      'e3m2': (6, 28.0, 4, 0.25, 0.0625, 32), 'e2m3': (6, 7.5, 2, 1.0, 0.125, 32),
                      'e2m1': (4, 6.0, 2, 1.0, 0.5, 8)}
     assert E2M1.grid.tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def test_how_many_digits_the_numbers_have():
+    for element in ELEMENTS.values():
+        assert digits(element.grid) == element.significant_bits
+    for element in (BYTE, TRIT, Int(7, 4)):
+        assert digits(torch.arange(element.max + 1)) == element.significant_bits
+    assert (ELEMENTS['e4m3'].significant_bits, E2M1.significant_bits, BYTE.significant_bits) == (4, 2, 7)
 
 
 @each_element

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from linears import apart, tensors, through
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sologpt.matmuls import products
@@ -32,6 +33,14 @@ def test_fp8_products_are_what_emulation_gives(shared):
         assert torch.__version__ < '2.12' and 'only supports per-tensor scaling for CPU' in str(e)
         pytest.skip('torch 2.11 has no scales by row on a CPU')
     torch.testing.assert_close(native, emulated.to(dtype).float(), rtol=2e-7 if shared == 'tensor' else 1e-2, atol=1e-5)
+
+
+def test_products_in_bfloat16_leave_their_sums_in_float32():
+    """Of what torch would return: without a GPU it does not compute this."""
+    with FakeTensorMode():
+        a, b = (Encoded(torch.empty(rows, 64, device='cuda'), None) for rows in (32, 48))
+        y = products.bfloat16_product(a, b, torch.float32, torch.float32)
+    assert (y.shape, y.dtype) == ((32, 48), torch.float32)
 
 
 def test_strassen_is_exact_on_integers():

@@ -5,8 +5,10 @@ from linears import CPU, apart, linear, small, tensors, through
 from configurator import InputError
 from sologpt.machine import choices, devices
 from sologpt.matmuls import recipes
-from sologpt.matmuls.recipe_linear import RecipeLinear, convert, find_strategy, restore
-from sologpt.matmuls.spec import MatmulSpec
+from sologpt.matmuls.products import bfloat16_product
+from sologpt.matmuls.recipe_linear import RecipeLinear, convert, find_product, find_strategy, restore
+from sologpt.matmuls.recipes import RECIPES
+from sologpt.matmuls.spec import MatmulSpec, parse_matmul
 
 
 def test_the_parameters_stay_what_and_where_they_are():
@@ -94,6 +96,40 @@ def test_fp8_operands_lie_as_tensor_cores_take_them(name, monkeypatch):
     for mine, right in zip(through(function.apply, x, w, g), expected, strict=True):
         torch.testing.assert_close(mine, right, rtol=0.02, atol=0.02)
     assert calls == [True, False, False]  # in the forward alone
+
+
+@pytest.mark.parametrize('name, count', [
+    ('fp8', 3), ('fp8_row', 3), ('fp8_block', 3), ('mxfp8', 3), ('mxfp6_e2m3', 3), ('mxfp6_e3m2', 3), ('mxfp4', 3),
+    ('nvfp4', 3), ('nvfp4:gemms=fwd', 1), ('fp4_dge', 1)])  # fp4_dge keeps outliers in the other two
+def test_emulation_on_a_gpu_multiplies_the_same_numbers_in_bfloat16(name, count, monkeypatch):
+    calls = []
+
+    def mm(a, b, out_dtype):
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        calls.append(a.shape)
+        return a.float() @ b.float()
+    monkeypatch.setattr(torch, 'mm', mm)
+    monkeypatch.setattr(choices, 'has_float8', lambda device: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    x, w, g = tensors(dtype=torch.bfloat16)
+    spec, found = parse_matmul(name), []
+    for device in ('cpu', 'cuda'):
+        strategy = find_strategy(spec, torch.device(device), 'bfloat16', (64, 128), 32)
+        torch.manual_seed(0)
+        found.append(through(strategy.function.apply, x, w, g))
+    assert 'emulated' in strategy.how and len(calls) == count
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_where_emulation_multiplies_in_bfloat16(monkeypatch):
+    def in_bfloat16(device, capability=None):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        return [name for name in ('mxfp4', 'nvfp4', 'fp4_dge', 'int8')
+                if find_product(RECIPES[name].fwd, torch.device(device), (64, 128), 32, False)[0] is bfloat16_product]
+    assert in_bfloat16('cuda', (8, 0)) == in_bfloat16('cuda', (9, 0)) == ['mxfp4', 'nvfp4']
+    assert in_bfloat16('cuda', (7, 5)) == in_bfloat16('cpu') == in_bfloat16('mps') == []
+    monkeypatch.setattr(torch.version, 'hip', '6.0')
+    assert in_bfloat16('cuda', (9, 0)) == []
 
 
 @pytest.mark.parametrize('name, options, message', [

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from linears import STOCHASTIC, apart, linear, straight_through, tensors, through
+from reference_formats import digits
 
 from sologpt.matmuls import recipes
 from sologpt.matmuls.elementwise import rms_norm
@@ -25,6 +26,17 @@ def test_each_operand_is_rounded_along_what_is_summed(name):
     torch.testing.assert_close(dx, rounded(recipe.dgrad.a, g) @ rounded(recipe.dgrad.b, w.T).T)
     torch.testing.assert_close(dw, rounded(recipe.wgrad.a, g.T) @ rounded(recipe.wgrad.b, x.T).T, rtol=1e-5, atol=1e-4)
     assert 0.01 < apart(y, x @ w.T) < 0.08
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_how_many_digits_the_operands_have(name):
+    """By this a product is chosen: bfloat16 holds 8."""
+    recipe, x = RECIPES[name], tensors(64, 96)[0].detach() ** 3
+    operands = {format for gemm in (recipe.fwd, recipe.dgrad, recipe.wgrad) for format in (gemm.a, gemm.b) if format}
+    for format in operands:
+        most = digits(format.encode(x).values)
+        assert most <= format.significant_bits
+        assert (most > 8) == (format.significant_bits > 8), format
 
 
 def test_int8_takes_the_scales_of_what_the_forward_rounded_into_the_gradient():

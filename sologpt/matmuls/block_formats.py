@@ -37,14 +37,22 @@ class BlockFormat:
 
     prescale: x is multiplied by it before it is rounded, and the outer scale divides by it again. With 3/4 nothing is
     cut, so that stochastic rounding with 'floor' is unbiased.
+
+    dtype: of the values that encode() returns. If significant_bits is at most 8, bfloat16 holds them exactly too, from
+    2^-126 on.
     """
     element: Float
     block: tuple[int, int]
     scaling: str = 'rceil'
     stochastic: bool = False
     prescale: float = 1.0
+    dtype: torch.dtype = torch.float32
 
     kept: ClassVar[bool] = False  # not for the backward, which needs blocks along another dimension
+
+    @property
+    def significant_bits(self) -> int:
+        return self.element.significant_bits + (E4M3.significant_bits if self.scaling == 'e4m3' else 0)
 
     @property
     def mT(self) -> 'BlockFormat':
@@ -74,7 +82,8 @@ class BlockFormat:
     def encode(self, x: Tensor, times: Tensor | None = None) -> Encoded:
         """x * times, (R, C) in any float dtype; times: (1, C) or None."""
         elements, scale, outer = self.split(x if times is None else x * times)
-        values = (elements * scale).flatten(2, 3).flatten(0, 1)[:x.size(0), :x.size(1)]
+        # cast before the blocks are put together: only then the compiler fuses it with the rounding of a transpose
+        values = (elements * scale).to(self.dtype).flatten(2, 3).flatten(0, 1)[:x.size(0), :x.size(1)]
         if self.prescale != 1:
             outer = torch.full((), 1 / self.prescale, device=x.device) * (1 if outer is None else outer)
         return Encoded(values, outer)

@@ -28,6 +28,11 @@ class Float:
         return 1 + self.exponent + self.mantissa
 
     @property
+    def significant_bits(self) -> int:
+        """How many binary digits the numbers have, from the first 1 to the last."""
+        return 1 + self.mantissa
+
+    @property
     def max_exponent(self) -> int:
         """The exponent of the largest number."""
         return math.floor(math.log2(self.max))
@@ -79,6 +84,11 @@ class Int:
     """The integers from -max to max, in `bits` bits."""
     max: int
     bits: int
+
+    @property
+    def significant_bits(self) -> int:
+        """How many binary digits the numbers have, from the first 1 to the last."""
+        return self.max.bit_length()
 
     def round(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """float32 x to the nearest integer in the range; with noise in [0, 1) stochastically."""

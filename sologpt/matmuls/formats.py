@@ -8,6 +8,7 @@ them have the same interface, by which gemms.py uses them:
     encode(x, times=None)   x * times, (R, C), as an Encoded; times is (1, C)
     mT                      the format whose encoding of x^T is the transpose of this one's of x
     kept                    whether the encoding is worth keeping for the backward
+    significant_bits        how many binary digits the Encoded's values have, at most; a bfloat16 has 8
 
 Infinities and NaN never become numbers: their scale is NaN or infinite, and so is all that shares it.
 
@@ -59,6 +60,10 @@ class Format:
     def kept(self) -> bool:
         """Whether to keep the encoding for the backward: if its values are bytes."""
         return self.outliers is None and (isinstance(self.element, Int) or self.element.dtype is not None)
+
+    @property
+    def significant_bits(self) -> int:
+        return self.element.significant_bits if self.outliers is None else 24  # outliers are as in float32
 
     @property
     def mT(self) -> 'Format':

@@ -24,6 +24,18 @@ def plain_product(a: Encoded, b: Encoded, work: torch.dtype, out: torch.dtype) -
     return scaled(a.values.to(work) @ b.values.to(work).mT, a, b, out)
 
 
+def bfloat16_product(a: Encoded, b: Encoded, work: torch.dtype, out: torch.dtype) -> Tensor:
+    """
+    By a bfloat16 matmul with float32 sums, on an NVIDIA GPU, of values that bfloat16 holds exactly.
+
+    The product of two bfloat16s is exact in float32. So this multiplies the same numbers as plain_product(), at twice
+    the rate of TF32. The sums leave the matmul in float32: with a result in bfloat16, a kernel that splits the sum may
+    add its parts in bfloat16.
+    """
+    y = torch.mm(a.values.to(torch.bfloat16), b.values.to(torch.bfloat16).mT, out_dtype=torch.float32)
+    return scaled(y, a, b, out)
+
+
 def int8_product(a: Encoded, b: Encoded, work: torch.dtype, out: torch.dtype) -> Tensor:
     """int8 by int8, summed in int32."""
     return scaled(int8_sums(a.values, b.values), a, b, out)

@@ -17,12 +17,13 @@ from configurator import InputError
 from sologpt.machine import choices, clock, devices
 from sologpt.machine.devices import matmul_dtype
 from sologpt.matmuls.block_dropout import BY_MASKING, BY_SKIPPING, block_matmul
+from sologpt.matmuls.block_formats import BlockFormat
 from sologpt.matmuls.elements import E5M2, Int
 from sologpt.matmuls.elementwise import rms_norm
 from sologpt.matmuls.formats import Format, is_float8
 from sologpt.matmuls.gemms import recipe_matmul
 from sologpt.matmuls.ordinary import OrdinaryMatmul, by_parts
-from sologpt.matmuls.products import fp8_product, int8_product, plain_product, strassen_product
+from sologpt.matmuls.products import bfloat16_product, fp8_product, int8_product, plain_product, strassen_product
 from sologpt.matmuls.recipes import GEMMS, Gemm, Recipe
 from sologpt.matmuls.spec import MatmulSpec
 
@@ -87,6 +88,8 @@ def find_strategy(spec: MatmulSpec, device: torch.device, dtype: str, dims: tupl
     recipe = replace(recipe, **{gemm: Gemm() for gemm in set(GEMMS) - set(spec.gemms)})
     products, paths = zip(*(find_product(getattr(recipe, gemm), device, dims, tokens, spec.fast_accum and gemm == 'fwd')
                             for gemm in GEMMS), strict=True)
+    recipe = replace(recipe, **{gemm: _encoded_in_bfloat16(getattr(recipe, gemm))
+                                for gemm, product in zip(GEMMS, products, strict=True) if product is bfloat16_product})
     how = ', '.join(f'{gemm} {path}' for gemm, path in zip(GEMMS, paths, strict=True))
     how = paths[0] if len(set(paths)) == 1 else how
     how = f'2:4 masks, multiplied densely {how}' if spec.name == 'sparse24' else how
@@ -110,7 +113,16 @@ def find_product(gemm: Gemm, device: torch.device, dims: tuple[int, ...], tokens
         fits = all(n % 16 == 0 for n in (*dims, tokens)) and not gemm.a.element == gemm.b.element == E5M2
         if nvidia and torch.cuda.get_device_capability(device) >= (8, 9) and fits:
             return functools.partial(fp8_product, fast=fast), 'native'
+    exact_in_bfloat16 = max(gemm.a.significant_bits, gemm.b.significant_bits) <= 8
+    if nvidia and exact_in_bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
+        return bfloat16_product, 'emulated'
     return plain_product, 'emulated'
+
+
+def _encoded_in_bfloat16(gemm: Gemm) -> Gemm:
+    """The gemm whose block formats encode in bfloat16, so that nothing has to be cast for the matmul."""
+    return replace(gemm, **{name: replace(format, dtype=torch.bfloat16)
+                            for name, format in (('a', gemm.a), ('b', gemm.b)) if isinstance(format, BlockFormat)})
 
 
 def block_linears(model: nn.Module, keep_last: int = 0) -> list[nn.Linear]:

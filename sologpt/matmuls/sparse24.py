@@ -35,6 +35,7 @@ class Sparse24:
     """
 
     kept: ClassVar[bool] = True  # for the backward, because to find the mask again takes longer
+    significant_bits: ClassVar[int] = 24  # as many as float32 has: the elements are not rounded
 
     @property
     def mT(self) -> 'Sparse24':
