@@ -2,7 +2,8 @@
 Formats whose blocks have scales of their own: MX and NVFP4.
 
 A block's scale cannot stay outside a matmul, because it changes along the dimension that is summed. So the values of
-an Encoded are elements times their block's scale, which float32 holds exactly.
+an Encoded are elements times their block's scale. float32 holds them exactly, and so does bfloat16 where the digits of
+element and scale are 8 or fewer together.
 
 Sources: OCP Microscaling Formats 1.0 (MX); https://arxiv.org/abs/2506.08027 (MX scales that are rounded up);
 https://arxiv.org/abs/2509.25149 (NVFP4); https://arxiv.org/abs/2502.20586 (the factor 3/4).

@@ -23,7 +23,7 @@ in the run's dtype. The formats:
 
 Elements are E4M3, E5M2, E3M2, E2M3, E2M1, BYTE and TRIT (elements.py). A new number format is a row here, made of
 these, or of an element or format of its own, and a test. Nothing else has to know it: where the hardware cannot
-multiply it (recipe_linear.find_product), it is emulated exactly, by a float32 matmul of the rounded operands.
+multiply it (recipe_linear.find_product), it is emulated exactly, by a matmul of the rounded operands with float32 sums.
 """
 
 from collections.abc import Callable
