@@ -193,6 +193,24 @@ def test_bfloat16_holds_nvfp4():
     assert digits(values) == BlockFormat(E2M1, (1, 16), 'e4m3').significant_bits == 6
 
 
+@pytest.mark.parametrize('format', [BlockFormat(E4M3, (1, 32)), BlockFormat(E2M1, (16, 16), 'e4m3', stochastic=True)])
+def test_a_transpose_is_rounded_in_the_order_of_memory(format, monkeypatch):
+    split, contiguous = BlockFormat.split, []
+
+    def split_and_look(format, x):
+        contiguous.append(x.is_contiguous())
+        return split(format, x)
+    monkeypatch.setattr(BlockFormat, 'split', split_and_look)
+    x, times = gaussian(64, 96), gaussian(1, 64, seed=1).exp()
+    for scaled in (None, times):
+        torch.manual_seed(0)
+        found = format.encode(x.mT, scaled)
+        torch.manual_seed(0)
+        expected = format.mT.encode(x if scaled is None else x * scaled.mT).mT
+        assert torch.equal(found.values, expected.values) and found.values.mT.is_contiguous()
+    assert all(contiguous)
+
+
 def test_values_in_bfloat16_are_the_same():
     x = gaussian(64, 96) * torch.exp2(20 * gaussian(64, 1, seed=1))
     for format in {format for recipe in RECIPES.values() for gemm in (recipe.fwd, recipe.dgrad, recipe.wgrad)
