@@ -166,7 +166,7 @@ final_sample = FinalSample(config, data) if sample_tokens else None
 built = build_model(config, given, data, machine, run)
 model = built.model
 recipe = parse_matmul(built.config['matmul'])
-opt = build_optimizer(model, built.config, machine.dtype)
+opt = build_optimizer(model, built.config, machine.dtype, machine.compile)
 scaler = machine.scaler()
 progress = Progress.from_saved(run.saved, patience)
 restore_optimizer(opt, scaler, run)

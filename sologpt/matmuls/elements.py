@@ -68,15 +68,26 @@ class Float:
         return torch.tensor([v for v in subnormal + normal if v <= self.max])
 
     def codes(self, values: torch.Tensor) -> torch.Tensor:
-        """The uint8 codes of numbers of the grid: the sign bit, then the place."""
-        place = torch.searchsorted(self.grid.to(values.device), values.abs().contiguous())
-        return (place + (values.signbit() << (self.bits - 1))).to(torch.uint8)
+        """
+        The uint8 codes of numbers of the grid, float32: the sign bit, then the place.
+
+        Only by arithmetic on the bits of a float32, so that torch.compile makes it a part of a larger kernel on every
+        GPU; a cast to an 8-bit float needs a recent one.
+        """
+        bits, size = values.view(torch.int32), values.abs()
+        normal = ((bits & 0x7FFFFFFF) >> (23 - self.mantissa)) - ((126 + self.min_exponent) << self.mantissa)
+        subnormal = (size * 2.0 ** (self.mantissa - self.min_exponent)).int()
+        place = torch.where(size < 2.0 ** self.min_exponent, subnormal, normal)
+        return (place + ((bits < 0).int() << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The float32 numbers of these codes."""
         codes = codes.int()
-        sign = 1 - 2 * (codes >> (self.bits - 1)).float()
-        return sign * self.grid.to(codes.device)[codes & (2 ** (self.bits - 1) - 1)]
+        place = codes & (2 ** (self.bits - 1) - 1)
+        normal = ((place << (23 - self.mantissa)) + ((126 + self.min_exponent) << 23)).view(torch.float32)
+        subnormal = place * 2.0 ** (self.min_exponent - self.mantissa)
+        size = torch.where(place < 2 ** self.mantissa, subnormal, normal)
+        return torch.where(codes > place, -size, size)
 
 
 @dataclass(frozen=True)

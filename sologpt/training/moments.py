@@ -2,6 +2,9 @@
 Moments: how an optimizer keeps its running means from one step to the next.
 
 Each class makes the kept tensor of a parameter, reads it as float32, and writes a new value into it.
+
+Compiled updates work on rows of BLOCK elements, because then one kernel serves parameters of all sizes, and has the
+blocks of 8-bit moments in its rows. A class that compiled code can use has also parts(), decode() and encode().
 """
 
 from dataclasses import dataclass
@@ -12,6 +15,24 @@ import torch.nn.functional as F
 from sologpt.matmuls.elements import E4M3
 
 Tensor = torch.Tensor
+BLOCK = 256
+
+
+def in_rows(t: Tensor) -> Tensor:
+    """t as (rows, BLOCK): its own memory, or if its size is no multiple of BLOCK, a copy filled up with zeros."""
+    short = -t.numel() % BLOCK
+    return (F.pad(t.flatten(), (0, short)) if short else t.detach()).view(-1, BLOCK)
+
+
+def out_of_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of in_rows(), in the memory of the rows: a tensor of the shape of `like`."""
+    return rows.flatten()[:like.numel()].view_as(like)
+
+
+def put_back(t: Tensor, rows: Tensor) -> None:
+    """Give t the values of its rows. If they are t's own memory, it has them."""
+    if t.numel() % BLOCK:
+        t.copy_(out_of_rows(rows, t))
 
 
 class Moments:
@@ -28,6 +49,22 @@ class Moments:
 
     def write(self, kept: Tensor, value: Tensor) -> None:
         """Keep a new value, float32. Here it is the tensor that was read, and it has been updated in place."""
+
+    def parts(self, kept: Tensor) -> tuple[Tensor, ...]:
+        """A kept tensor as compiled code takes it: tensors in rows, which may be copies."""
+        return (in_rows(kept),)
+
+    def put_back(self, kept: Tensor, parts: tuple[Tensor, ...]) -> None:
+        """Keep parts that have been encoded anew."""
+        put_back(kept, *parts)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """The moment, (rows, BLOCK) in float32, of its parts."""
+        return rows
+
+    def encode(self, x: Tensor, rows: Tensor) -> None:
+        """Write x, (rows, BLOCK) in float32, into the parts."""
+        rows.copy_(x)
 
 
 class MomentsOnCPU(Moments):
@@ -47,37 +84,53 @@ class MomentsOnCPU(Moments):
 @dataclass(frozen=True)
 class MomentsIn8Bits(Moments):
     """
-    Moments in E4M3, with a float32 scale for each block of 256 (8-bit optimizers: https://arxiv.org/abs/2110.02861).
+    Moments in E4M3, with a float32 scale for each BLOCK elements (8-bit optimizers: https://arxiv.org/abs/2110.02861).
 
     They are rounded stochastically, so that a mean can follow small changes. The kept tensor is bytes: the elements,
     then the scales.
     """
     power: int  # 2 for a second moment, which is kept as its root: that spans half as many exponents
-    block = 256
     copied = True
 
     def new(self, p):
-        blocks = -(-p.numel() // self.block)
-        return torch.zeros(blocks * (self.block + 4), dtype=torch.uint8, device=p.device)
-
-    def _parts(self, kept):
-        elements = kept.numel() // (self.block + 4) * self.block
-        return kept[:elements].view(E4M3.dtype).view(-1, self.block), kept[elements:].view(torch.float32)[:, None]
+        rows = -(-p.numel() // BLOCK)
+        return torch.zeros(rows * (BLOCK + 4), dtype=torch.uint8, device=p.device)
 
     def read(self, kept, p):
-        elements, scales = self._parts(kept)
-        x = elements.float() * scales
-        return (x.square_() if self.power == 2 else x).flatten()[:p.numel()].view(p.shape)
+        return out_of_rows(self.decode(*_codes_and_scales(kept)), p)
 
     def write(self, kept, value):
-        elements, scales = self._parts(kept)
-        x = value.sqrt() if self.power == 2 else value
-        x = F.pad(x.flatten(), (0, elements.numel() - x.numel())).view_as(elements)
+        self.encode(in_rows(value), *_codes_and_scales(kept))
+
+    def parts(self, kept):
+        # As tensors of their own, though in the same memory: compiled code cannot write to views that have one storage
+        # and two dtypes
+        return tuple(torch.from_dlpack(part) for part in _codes_and_scales(kept))
+
+    def put_back(self, kept, parts):
+        """The parts are the kept tensor's own memory."""
+
+    def decode(self, codes, scales):
+        """codes: (rows, BLOCK), uint8; scales: (rows, 1), float32."""
+        # a kernel that casts from E4M3 needs a recent GPU; eager, a cast is faster
+        x = (E4M3.decode(codes) if torch.compiler.is_compiling() else codes.view(E4M3.dtype).float()) * scales
+        return x.square_() if self.power == 2 else x
+
+    def encode(self, x, codes, scales):
+        x = x.sqrt() if self.power == 2 else x
         scales.copy_(x.abs().amax(1, keepdim=True).clamp(min=1e-30) / E4M3.max)
         x = E4M3.round(x / scales, torch.rand_like(x))
         if self.power == 2:  # never zero, because an update is divided by it
             x = x.clamp(min=2.0 ** (E4M3.min_exponent - E4M3.mantissa))
-        elements.copy_(x)
+        if torch.compiler.is_compiling():
+            codes.copy_(E4M3.codes(x))
+        else:
+            codes.view(E4M3.dtype).copy_(x)
+
+
+def _codes_and_scales(kept):
+    n = kept.numel() // (BLOCK + 4) * BLOCK
+    return kept[:n].view(-1, BLOCK), kept[n:].view(torch.float32)[:, None]
 
 
 MOMENTS = {  # train.py's optimizer_state -> how first and second moments are kept

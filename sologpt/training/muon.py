@@ -9,8 +9,8 @@ import torch.nn as nn
 
 from sologpt.machine import sharding
 from sologpt.matmuls.elements import to_bfloat16_stochastically
-from sologpt.training.adamw import adamw_step, can_fuse
-from sologpt.training.moments import MOMENTS
+from sologpt.training.adamw import CompiledAdamW, adamw_step, can_fuse, helps_to_compile
+from sologpt.training.moments import BLOCK, MOMENTS, Moments, in_rows, out_of_rows
 
 # Polar Express (https://arxiv.org/abs/2505.16932): iteration i applies x -> a x + b x^3 + c x^5 with the i-th (a, b,
 # c). It brings singular values between 0.001 and 1 as close to 1 as that many iterations can.
@@ -26,10 +26,12 @@ POLAR_EXPRESS = [
 
 def muon(model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float], muon_lr: float,
          embd_lr: float | None = None, head_lr: float | None = None, momentum: float = 0.95, momentum_warmup: int = 300,
-         iterations: int = 5, dtype: torch.dtype = torch.float32, keep: str = 'float32') -> 'Muon':
+         iterations: int = 5, dtype: torch.dtype = torch.float32, keep: str = 'float32',
+         compile: bool = False) -> 'Muon':
     """
     Muon for the blocks' matrices, with muon_lr and weight_decay. The rest has AdamW without decay: the embedding tables
-    (embd_lr), an untied head (head_lr) and all else; a rate of None is learning_rate. keep: a name in MOMENTS.
+    (embd_lr), an untied head (head_lr) and all else; a rate of None is learning_rate. keep: a name in MOMENTS. compile:
+    whether updates are compiled, where that helps.
     """
     groups = {'matrices': {}, 'tables': {}, 'head': {}, 'vectors': {}}
     for name, p in model.named_parameters():
@@ -39,7 +41,8 @@ def muon(model: nn.Module, learning_rate: float, weight_decay: float, betas: tup
         if p.requires_grad:
             groups[kind][name] = p
     # AdamW's usual eps, 1e-8, is as large as a rare token's gradient, which is a mean over half a million tokens
-    adam = {'betas': betas, 'eps': 1e-10, 'weight_decay': 0.0, 'fused': can_fuse(model)}
+    compile = compile and helps_to_compile([p for group in groups.values() for p in group.values()], keep)
+    adam = {'betas': betas, 'eps': 1e-10, 'weight_decay': 0.0, 'fused': can_fuse(model) and not compile}
     rates = {'tables': embd_lr, 'head': head_lr, 'vectors': None}
     return Muon([
         {'params': list(groups['matrices'].values()), 'peak_lr': muon_lr, 'weight_decay': weight_decay,
@@ -47,7 +50,7 @@ def muon(model: nn.Module, learning_rate: float, weight_decay: float, betas: tup
          # queries, keys and values are three matrices in one parameter
          'parts': [3 if name.endswith('c_attn.weight') else 1 for name in groups['matrices']]},
         *({'params': list(groups[kind].values()), 'peak_lr': learning_rate if lr is None else lr, **adam}
-          for kind, lr in rates.items())], iterations, dtype, keep)
+          for kind, lr in rates.items())], iterations, dtype, keep, compile)
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,10 +62,15 @@ class Muon(torch.optim.Optimizer):
     -lr sqrt(max(1, rows / columns)) times a matrix whose singular values are near 1.
     """
 
-    def __init__(self, groups: list[dict], iterations: int, dtype: torch.dtype, keep: str):
-        """iterations, dtype: of the orthogonalisation; keep: a name in MOMENTS."""
+    def __init__(self, groups: list[dict], iterations: int, dtype: torch.dtype, keep: str, compile: bool):
+        """iterations, dtype: of the orthogonalisation; keep: a name in MOMENTS; compile: the rest of an update."""
         super().__init__(groups, {'lr': 0.0})
         self.iterations, self.dtype, self.moments = iterations, dtype, MOMENTS[keep]
+        self.adamw, self.momentum, self.write = None, self._momentum, write_bfloat16
+        if compile:
+            self.adamw, self.momentum = CompiledAdamW(*self.moments), self._compiled_momentum
+            self.momentum_of_rows = torch.compile(momentum_of_rows, dynamic=True, fullgraph=True)
+            self.write = torch.compile(write_bfloat16, dynamic=True, fullgraph=True)
 
     @torch.no_grad()
     def step(self):
@@ -70,7 +78,7 @@ class Muon(torch.optim.Optimizer):
             if 'parts' in group:
                 self._muon_step(group)
             else:
-                adamw_step(group, self.state, self.moments)
+                adamw_step(group, self.state, self.moments, self.adamw)
 
     def _muon_step(self, group):
         shares = []  # (parameter, update, learning rate, parts) of those that processes share
@@ -79,7 +87,9 @@ class Muon(torch.optim.Optimizer):
         for p, parts in zip(group['params'], group['parts'], strict=True):
             if p.grad is None:
                 continue
-            update = self._momentum(p, group['momentum'])
+            if not self.state[p]:
+                self.state[p]['momentum'] = self.moments[0].new(p)
+            update = self.momentum(p, group['momentum'])
             lr = group['lr'] * max(1, p.size(0) / parts / p.size(1)) ** 0.5
             if sharding.is_share(p):
                 shares.append((p, update, lr, parts))
@@ -95,17 +105,22 @@ class Muon(torch.optim.Optimizer):
                 if weight.dtype == torch.float32:
                     weight.mul_(decay).sub_(update, alpha=lr)
                 else:
-                    weight.copy_(to_bfloat16_stochastically(weight.float().mul_(decay).sub_(update, alpha=lr)))
+                    self.write(weight, update, torch.tensor(decay), torch.tensor(lr))
 
     def _momentum(self, p, momentum):
         """Nesterov's: the gradient, and the running mean after it."""
         first, _ = self.moments
-        if not self.state[p]:
-            self.state[p]['momentum'] = first.new(p)
         grad = p.grad.float()
         velocity = first.read(self.state[p]['momentum'], p).lerp_(grad, 1 - momentum)
         first.write(self.state[p]['momentum'], velocity)
         return grad.lerp(velocity, momentum)
+
+    def _compiled_momentum(self, p, momentum):
+        first, kept = self.moments[0], self.state[p]['momentum']
+        parts = first.parts(kept)
+        update = self.momentum_of_rows(first, in_rows(p.grad), parts, torch.tensor(momentum))
+        first.put_back(kept, parts)
+        return out_of_rows(update, p)
 
     def _update_shares(self, shares, decay):
         shares.sort(key=lambda share: share[0].numel())  # so that processes side by side take the same time
@@ -131,6 +146,21 @@ class Muon(torch.optim.Optimizer):
                 else:
                     total += parts * n * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
         return total
+
+
+def momentum_of_rows(first: Moments, grad: torch.Tensor, kept: tuple[torch.Tensor, ...],
+                     momentum: torch.Tensor) -> torch.Tensor:
+    """Muon._momentum() of a gradient in rows. kept: the parts of the momentum. Returns float32, in rows."""
+    assert grad.size(1) == BLOCK  # so that it is a constant in compiled code
+    grad = grad.float()
+    velocity = grad + momentum * (first.decode(*kept) - grad)
+    first.encode(velocity, *kept)
+    return grad + momentum * (velocity - grad)
+
+
+def write_bfloat16(weight: torch.Tensor, update: torch.Tensor, decay: torch.Tensor, lr: torch.Tensor) -> None:
+    """weight = decay weight - lr update, in bfloat16, rounded stochastically. decay, lr: float32, on the CPU."""
+    weight.copy_(to_bfloat16_stochastically(weight.float() * decay - lr * update))
 
 
 def orthogonalize(G: torch.Tensor, iterations: int, dtype: torch.dtype) -> torch.Tensor:

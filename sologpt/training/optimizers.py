@@ -30,16 +30,19 @@ def weight_decay_of(config: dict) -> float:
     return config['weight_decay']
 
 
-def build_optimizer(model: nn.Module, config: dict, dtype: str) -> torch.optim.Optimizer:
-    """The optimizer of a run for a model's trained parameters. dtype: of the matmuls."""
+def build_optimizer(model: nn.Module, config: dict, dtype: str, compile: bool = False) -> torch.optim.Optimizer:
+    """
+    The optimizer of a run for a model's trained parameters. dtype: of the matmuls. compile: whether updates are
+    compiled, where that helps.
+    """
     kind, iterations = parse_optimizer(config['optimizer'])
     rate, decay, keep = config['learning_rate'], weight_decay_of(config), config['optimizer_state']
     betas = config['beta1'], config['beta2']
     if kind == 'muon':
         return muon(model, rate, decay, betas, config['muon_lr'], config['embd_lr'], config['head_lr'],
                     config['muon_momentum'], config['momentum_warmup'], iterations,
-                    torch.bfloat16 if dtype == 'bfloat16' else torch.float32, keep)
-    return adamw(model, rate, decay, betas, low_rank_Bs(model), config['loraplus_lr_ratio'], keep)
+                    torch.bfloat16 if dtype == 'bfloat16' else torch.float32, keep, compile)
+    return adamw(model, rate, decay, betas, low_rank_Bs(model), config['loraplus_lr_ratio'], keep, compile)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Resumed) -> None:
