@@ -1,4 +1,5 @@
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -345,3 +346,32 @@ def test_muons_flops_are_those_of_its_products():
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
     assert optimizer.flops() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_moments_come_back_beside_the_update_and_before_they_are_used(kind, monkeypatch):
+    """In a stream of its own on a GPU: here streams are played by what writes down the calls."""
+    calls = mock.MagicMock()
+    side, main = calls.side, calls.main
+    monkeypatch.setattr(moments, 'copy_stream', lambda device: side)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: main)
+    monkeypatch.setattr(torch.cuda, 'stream', calls.use)
+    how, gpu = moments.MOMENTS['cpu'][0], torch.device('cuda', 0)
+    how.begin_step(gpu)
+    value = calls.value
+    value.device = gpu
+    how.write(calls.kept, value)
+    assert calls.mock_calls == [
+        mock.call.main.wait_stream(side),  # what is read next has to be back
+        mock.call.side.wait_stream(main),  # the update comes before its copy
+        mock.call.use(side), mock.call.use().__enter__(), mock.call.kept.copy_(value, non_blocking=True),
+        mock.call.use().__exit__(None, None, None), mock.call.value.record_stream(side)]
+
+    m, order = model(), []
+    optimizer = made(kind, m, 'cpu')
+    schedules.set_rates(optimizer, 0, 1.0)
+    monkeypatch.setattr(moments.MomentsOnCPU, 'finish_copies', lambda self, device: order.append('finished'))
+    monkeypatch.setattr(moments.MomentsOnCPU, 'begin_step', lambda self, device: order.append('begun'))
+    monkeypatch.setattr(moments.MomentsOnCPU, 'write', lambda self, kept, value: order.append('written'))
+    step(m, optimizer, 1)
+    assert optimizer.state_dict() and order[0] == 'begun' and order[1:-1] and order[-1] == 'finished'

@@ -57,11 +57,23 @@ class AdamW(torch.optim.AdamW):
         self.moments = MOMENTS[keep]
         self.compiled = CompiledAdamW(*self.moments) if compile else None
         self._step_supports_amp_scaling = False  # torch's fused one does; for this one GradScaler skips steps itself
+        self.register_state_dict_pre_hook(finish_copies)
 
     @torch.no_grad()
     def step(self):
+        self.moments[0].begin_step(device_of(self))
         for group in self.param_groups:
             adamw_step(group, self.state, self.moments, self.compiled)
+
+
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """The device of an optimizer's parameters."""
+    return next(p.device for group in optimizer.param_groups for p in group['params'])
+
+
+def finish_copies(optimizer: torch.optim.Optimizer) -> None:
+    """Let moments arrive where they are kept: a checkpoint, for example, is written from there."""
+    optimizer.moments[0].finish_copies(device_of(optimizer))
 
 
 def adamw_step(group: dict, state: dict, moments: tuple, compiled: 'CompiledAdamW | None' = None) -> None:

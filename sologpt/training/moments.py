@@ -7,6 +7,7 @@ Compiled updates work on rows of BLOCK elements, because then one kernel serves 
 blocks of 8-bit moments in its rows. A class that compiled code can use has also parts(), decode() and encode().
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,12 @@ class Moments:
         """The kept tensor of a new parameter: zeros."""
         return torch.zeros_like(p, dtype=torch.float32)
 
+    def begin_step(self, device: torch.device) -> None:
+        """Call it before the first read() of a step. device: of the parameters."""
+
+    def finish_copies(self, device: torch.device) -> None:
+        """Wait until all that was written is in the kept tensors. Call it before the CPU uses them."""
+
     def read(self, kept: Tensor, p: Tensor) -> Tensor:
         """The moment of parameter p, in float32, of p's shape, on p's device."""
         return kept
@@ -67,6 +74,12 @@ class Moments:
         rows.copy_(x)
 
 
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU in which moments are copied back, while the next ones are on their way to it."""
+    return torch.cuda.Stream(device)
+
+
 class MomentsOnCPU(Moments):
     """Moments in the CPU's memory. They are copied to the parameter's device and back in each step."""
     copied = True
@@ -74,11 +87,26 @@ class MomentsOnCPU(Moments):
     def new(self, p):
         return torch.zeros(p.shape, dtype=torch.float32, device='cpu', pin_memory=p.device.type == 'cuda')
 
+    def begin_step(self, device):
+        if device.type == 'cuda':  # those of the last step have to be back
+            torch.cuda.current_stream(device).wait_stream(copy_stream(device))
+
+    def finish_copies(self, device):
+        if device.type == 'cuda':
+            copy_stream(device).synchronize()
+
     def read(self, kept, p):
         return kept.to(p.device, non_blocking=True, copy=True)
 
     def write(self, kept, value):
-        kept.copy_(value, non_blocking=True)
+        if value.device.type != 'cuda':
+            kept.copy_(value)
+            return
+        stream = copy_stream(value.device)
+        stream.wait_stream(torch.cuda.current_stream(value.device))
+        with torch.cuda.stream(stream):
+            kept.copy_(value, non_blocking=True)
+        value.record_stream(stream)  # its memory is used again only when the copy is made
 
 
 @dataclass(frozen=True)

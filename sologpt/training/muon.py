@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from sologpt.machine import sharding
 from sologpt.matmuls.elements import to_bfloat16_stochastically
-from sologpt.training.adamw import CompiledAdamW, adamw_step, can_fuse, helps_to_compile
+from sologpt.training.adamw import CompiledAdamW, adamw_step, can_fuse, device_of, finish_copies, helps_to_compile
 from sologpt.training.moments import BLOCK, MOMENTS, Moments, in_rows, out_of_rows
 
 # Polar Express (https://arxiv.org/abs/2505.16932): iteration i applies x -> a x + b x^3 + c x^5 with the i-th (a, b,
@@ -65,6 +65,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], iterations: int, dtype: torch.dtype, keep: str, compile: bool):
         """iterations, dtype: of the orthogonalisation; keep: a name in MOMENTS; compile: the rest of an update."""
         super().__init__(groups, {'lr': 0.0})
+        self.register_state_dict_pre_hook(finish_copies)
         self.iterations, self.dtype, self.moments = iterations, dtype, MOMENTS[keep]
         self.adamw, self.momentum, self.write = None, self._momentum, write_bfloat16
         if compile:
@@ -74,6 +75,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        self.moments[0].begin_step(device_of(self))
         for group in self.param_groups:
             if 'parts' in group:
                 self._muon_step(group)
