@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from linears import apart, tensors, through
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sologpt.matmuls import products
 from sologpt.matmuls.elements import E4M3
 from sologpt.matmuls.formats import Encoded, Format
-from sologpt.matmuls.gemms import recipe_matmul
+from sologpt.matmuls.gemms import multiply, recipe_matmul
 from sologpt.matmuls.products import plain_product
 from sologpt.matmuls.recipes import RECIPES
 
@@ -18,6 +20,39 @@ def test_integer_products_are_what_emulation_gives():
                         for product in (products.int8_product, plain_product))
     for mine, right in zip(through(native, x, w, g), through(emulated, x, w, g), strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
+def test_compiled_int8_matrices_lie_as_tensor_cores_read_them(monkeypatch):
+    """cuBLASLt multiplies int8 if A is in row-major order and B in column-major order. Inductor turns A of wgrad."""
+    monkeypatch.setattr(products, 'int8_sums', products.int8_sums_on_gpu)
+    g, x, strides = torch.randn(64, 48), torch.randn(64, 80), []
+
+    def weight_gradient(g, x):
+        return multiply(RECIPES['int8'].wgrad, products.int8_product, g.mT, x.mT, torch.float32)
+    compiled = torch.compile(weight_gradient, fullgraph=True)
+    torch.testing.assert_close(compiled(g, x), weight_gradient(g, x), rtol=1e-6, atol=1e-6)
+
+    def int_mm(a, b, by=torch._int_mm):
+        strides.append((a.stride(), b.stride()))
+        return by(a, b)
+    monkeypatch.setattr(torch, '_int_mm', int_mm)
+    compiled(g, x)
+    assert strides == [((64, 1), (1, 64))]
+
+
+@pytest.mark.parametrize('M, K, N', [(1, 64, 48), (16, 12, 20), (33, 64, 48)])
+def test_int8_matrices_of_any_size_on_a_gpu(monkeypatch, M, K, N):
+    shapes = []
+
+    def int8_mm(a, b, by=products.int8_mm):
+        shapes.append((*a.shape, b.size(1)))
+        return by(a, b)
+    monkeypatch.setattr(products, 'int8_mm', int8_mm)
+    x, w = torch.randint(-128, 128, (M, K), dtype=torch.int8), torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    assert torch.equal(products.int8_sums_on_gpu(x, w).long(), x.long() @ w.long().T)
+    (rows, *others), = shapes
+    assert rows > 16 and all(n % 8 == 0 for n in others)
 
 
 @pytest.mark.parametrize('shared', ['tensor', 'row'])

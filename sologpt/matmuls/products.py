@@ -43,12 +43,27 @@ def int8_product(a: Encoded, b: Encoded, work: torch.dtype, out: torch.dtype) ->
 
 def int8_sums(x: Tensor, w: Tensor) -> Tensor:
     """x w^T of int8 (M, K) and (N, K), in int32."""
+    return int8_sums_on_gpu(x, w) if x.device.type == 'cuda' else torch._int_mm(x, w.mT)
+
+
+def int8_sums_on_gpu(x: Tensor, w: Tensor) -> Tensor:
+    """x w^T of int8 (M, K) and (N, K), in int32, by cuBLASLt. It computes row-major times column-major matrices only."""
     (M, K), N = x.shape, w.size(0)
-    if x.device.type == 'cuda':  # it takes at least 17 rows, and multiples of 8 for K and N
-        if M < 17 or K % 8 or N % 8:
-            x, w = F.pad(x, (0, -K % 8, 0, max(0, 17 - M))), F.pad(w, (0, -K % 8, 0, -N % 8))
-        x, w = x.contiguous(), w.contiguous()
-    return torch._int_mm(x, w.mT)[:M, :N]
+    if M < 17 or K % 8 or N % 8:  # torch asks for at least 17 rows, and multiples of 8 for K and N
+        x, w = F.pad(x, (0, -K % 8, 0, max(0, 17 - M))), F.pad(w, (0, -K % 8, 0, -N % 8))
+    return int8_mm(x.contiguous(), w.contiguous().mT)[:M, :N]
+
+
+# torch.compile may give torch._int_mm operands in another order of memory: it takes contiguous() as a hint.
+@torch.library.custom_op('sologpt::int8_mm', mutates_args=(), tags=(torch.Tag.needs_exact_strides,))
+def int8_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b of int8 (M, K) and (K, N), in int32. Compiled, both keep the strides that they have here."""
+    return torch._int_mm(a, b)
+
+
+@int8_mm.register_fake
+def _(a, b):
+    return a.new_empty(a.size(0), b.size(1), dtype=torch.int32)
 
 
 def fp8_product(a: Encoded, b: Encoded, work: torch.dtype, out: torch.dtype, fast: bool = False) -> Tensor:

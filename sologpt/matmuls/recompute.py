@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sologpt.matmuls import products  # noqa: F401 (it defines int8_mm)
+
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._int_mm.default,
-            aten._scaled_mm.default, aten._scaled_dot_product_flash_attention.default,
+            torch.ops.sologpt.int8_mm.default, aten._scaled_mm.default, aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.higher_order.flex_attention}
 
