@@ -7,22 +7,28 @@ import ctypes
 import math
 import os
 import platform
+import re
 import sys
 from typing import Any
 
 import torch
 
 from configurator import InputError
-from sologpt.machine import clock
+from sologpt.machine import clock, installation
 
 # by the names that train.py's key dtype has for them
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 def find_device(name: str) -> torch.device:
-    """The device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. Raises InputError if this machine does not have it."""
+    """
+    The device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. Raises InputError if this machine does not have it, and for
+    'auto' if it has a GPU that this build of torch cannot use.
+    """
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = _first_choice()
+        if name == 'cpu' and (why := installation.why_unusable()):
+            raise InputError(f'device=auto: {why}, or give --device=cpu')
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -30,10 +36,16 @@ def find_device(name: str) -> torch.device:
     if device.type == 'cuda':
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if found <= (device.index or 0):
-            raise InputError(f'device={name!r} is not available ({found} CUDA devices found): use device=auto')
+            why = not found and installation.why_unusable()
+            raise InputError(f'device={name!r} is not available: {why}' if why else
+                             f'device={name!r} is not available ({found} CUDA devices found): use device=auto')
     elif device.type == 'mps' and not torch.backends.mps.is_available() or device.type not in ('cpu', 'cuda', 'mps'):
         raise InputError(f'device={name!r} is not available on this machine: use device=auto')
     return device
+
+
+def _first_choice() -> str:
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
 def device_name(device: torch.device) -> str:
@@ -52,7 +64,7 @@ def is_nvidia(device: torch.device) -> bool:
 
 def versions() -> dict[str, str]:
     """The device and the versions of torch and Python, which a measured figure has to name."""
-    device = find_device('auto')
+    device = torch.device(_first_choice())
     return {'device': device_name(device), 'torch': torch.__version__, 'python': platform.python_version()}
 
 
@@ -60,18 +72,28 @@ def versions() -> dict[str, str]:
 ACCUMULATE = {'reduced': (True, False), 'float32': (False, False), 'float16': (True, True)}
 
 
-def prepare_device(device: torch.device, tf32: bool = True, accumulate: str = 'reduced') -> None:
+def prepare_device(device: torch.device, tf32: bool = True, accumulate: str = 'reduced', deterministic: bool = False,
+                   cuda_graphs: bool = False) -> None:
     """
-    Make the settings of the whole process that suit the device, before anything is computed.
+    Make the settings of the whole process that suit the device, before anything is computed. Raises InputError if this
+    build of torch has no kernels for the GPU.
 
     tf32: on a GPU, float32 matmuls round their inputs to TF32. accumulate: on a GPU, how 16-bit matmuls add up:
       'reduced'  where a kernel adds several partial sums, it may add them in 16 bits (torch's default)
       'float32'  all sums are in float32
       'float16'  float16 matmuls add up in float16: fast on GeForce cards, but sums lose digits and may overflow
+    deterministic: on a GPU, use only kernels that always add up in the same order. A CPU does so anyway.
+    cuda_graphs: steps will be replayed as CUDA graphs.
     """
     if device.type == 'cuda':
+        if deterministic:
+            _compute_deterministically()
+        if why := installation.why_no_kernels(device):
+            raise InputError(f'device={device}: {why}, or give --device=cpu')
         if device.index is not None:
             torch.cuda.set_device(device)
+        if not cuda_graphs:  # a graph keeps its memory anyway, and not every version of torch has both
+            _let_segments_grow(device)
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
         matmuls = torch.backends.cuda.matmul
         reduced, matmuls.allow_fp16_accumulation = ACCUMULATE[accumulate]
@@ -80,6 +102,47 @@ def prepare_device(device: torch.device, tf32: bool = True, accumulate: str = 'r
     if device.type == 'cpu':
         _keep_freed_memory()
         _choose_float32_matmul(device)
+
+
+ALLOCATOR = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')
+
+
+def _let_segments_grow(device: torch.device) -> None:
+    """
+    Let the allocator's segments grow: blocks of many sizes then leave fewer gaps, and a nearly full GPU still has room.
+    A user's own setting of the allocator stays, and so does torch's where the driver cannot do it.
+    """
+    if any(map(os.environ.get, ALLOCATOR)) or not _segments_can_grow():
+        return
+    set_allocator = torch._C._accelerator_setAllocatorSettings
+    set_allocator('expandable_segments:True')
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError:
+        set_allocator('expandable_segments:False')
+
+
+def _segments_can_grow() -> bool:
+    """Not on Windows, where torch does not have it, nor in WSL, whose driver refuses it later (pytorch#192330)."""
+    if sys.platform != 'linux' or 'microsoft' in platform.release().lower() or torch.version.hip:
+        return False
+    try:  # torch 2.13 calls this function, which drivers before 550 do not have, nor a container without their tools
+        return hasattr(ctypes.CDLL('libnvidia-ml.so.1'), 'nvmlDeviceGetGpuFabricInfoV')
+    except OSError:
+        return False
+
+
+def _compute_deterministically() -> None:
+    """
+    Let torch use only kernels that add up in a fixed order, and fail where it has none. Flash and memory-efficient
+    attention then have a deterministic backward, and cuDNN is left out. An embedding's gradient is summed without
+    atomics.
+    """
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # with less, concurrent streams may change the order
+    os.environ['TORCHINDUCTOR_DETERMINISTIC'] = '1'  # else kernels are chosen by time, and so are their sums' orders
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing reads such memory
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def _keep_freed_memory() -> None:
@@ -156,6 +219,20 @@ def usable_memory(device: torch.device, gigabytes: float = 0.0) -> float:
     else:
         usable = math.inf
     return min(usable, gigabytes * 1e9 or math.inf)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """
+    Whether an error says that a GPU's memory is full: torch's own error, one of CUDA or of its libraries, or either of
+    them inside an error of the compiler.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and re.search('(?i)cuda.*out of memory|STATUS_ALLOC_FAILED', str(error)):
+            return True
+        error = getattr(error, 'inner_exception', None) or error.__cause__  # the compiler's errors have the former
+    return False
 
 
 def peak_memory_gb(device: torch.device) -> float:
