@@ -152,6 +152,8 @@ backend: str | None = None  # torch.distributed's, with torchrun; None: nccl on 
 sharding = ''  # with torchrun. '': each process holds the whole model; 'fsdp': only its share of the weights, gradients
 # ... and moments, for models that do not fit one GPU
 seed = 1337  # of initial weights, data order and dropout
+deterministic = False  # on a GPU, add up in the same order every time: the same run gives the same weights, and takes
+# ... longer. On a CPU it is always so
 # ----------------------------------------------------------------------------------------------------------------------
 config, given = configure(globals(), former=FORMER_KEYS)
 run = resume(globals(), config, given)  # takes over the keys of an earlier run; after this line no key changes

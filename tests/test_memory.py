@@ -6,11 +6,12 @@ from model import GPT, GPTConfig
 from sologpt.adapters.adapter import attach
 from sologpt.adapters.config import AdapterConfig
 from sologpt.bench.plan import measured_step
+from sologpt.machine import peaks
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.held import hold_base
 from sologpt.matmuls.recipe_linear import convert
 from sologpt.matmuls.spec import MatmulSpec
-from sologpt.training import moments
+from sologpt.training import build, moments
 from sologpt.training.adamw import adamw as make_adamw
 from sologpt.training.forecast import Forecast, Usage
 from sologpt.training.liveness import nbytes
@@ -141,6 +142,25 @@ def test_out_of_memory_names_what_fits(batch_size, limit, advice):
     assert advice in str(e.value)
 
 
+def test_other_errors_pass_and_all_out_of_memory_is_advised_on():
+    advice = MemoryAdvice(12, 4, 100, Known)
+    with pytest.raises(RuntimeError, match='out of resource'), advice:
+        raise RuntimeError('out of resource: shared memory')
+    with pytest.raises(InputError, match='--batch_size=6'), advice:
+        raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')
+
+
+def test_the_peak_is_measured_while_the_device_is_empty(project, monkeypatch):
+    events = []
+    for module, name in ((peaks, 'find_peak'), (build, '_place')):
+        def spy(*args, name=name, function=getattr(module, name)):
+            events.append(name)
+            return function(*args)
+        monkeypatch.setattr(module, name, spy)
+    project.train(max_iters=1, eval_interval=1)
+    assert events == ['find_peak', '_place']
+
+
 def test_without_a_forecast_the_next_smaller_is_named():
     with pytest.raises(InputError, match='--gradient_accumulation_steps=8, a guess'):
         with MemoryAdvice(12, 4, 100, None):
@@ -164,9 +184,16 @@ def test_the_fastest_of_those_that_fit(device, limit, seconds, tried, best):
 
 def test_a_size_that_does_not_fit_after_all_is_passed_over():
     def time(size):
+        if size > 16:
+            raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')
         if size > 8:
             raise torch.OutOfMemoryError('CUDA out of memory')
         return 1 + size
-    assert fastest([16, 8, 4], time, Known(), 1000, torch.device('cuda'))[0] == 8
+    assert fastest([32, 16, 8, 4], time, Known(), 1000, torch.device('cuda'))[0] == 8
+
+    def broken(size):
+        raise RuntimeError('CUDA error: an illegal memory access was encountered')
+    with pytest.raises(RuntimeError, match='illegal'):
+        fastest([16, 8, 4], broken, Known(), 1000, torch.device('cuda'))
     with pytest.raises(InputError, match='not even batch_size=1 fits in 0.0 GB'):
         fastest([16, 8, 4], time, Known(), 12, torch.device('cuda'))

@@ -47,7 +47,7 @@ def int8_sums(x: Tensor, w: Tensor) -> Tensor:
 
 
 def int8_sums_on_gpu(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T of int8 (M, K) and (N, K), in int32, by cuBLASLt. It computes row-major times column-major matrices only."""
+    """x w^T of int8 (M, K) and (N, K), in int32, by cuBLASLt. It multiplies row-major by column-major matrices."""
     (M, K), N = x.shape, w.size(0)
     if M < 17 or K % 8 or N % 8:  # torch asks for at least 17 rows, and multiples of 8 for K and N
         x, w = F.pad(x, (0, -K % 8, 0, max(0, 17 - M))), F.pad(w, (0, -K % 8, 0, -N % 8))

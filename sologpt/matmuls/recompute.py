@@ -13,10 +13,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from sologpt.matmuls import products  # noqa: F401 (it defines int8_mm)
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._int_mm.default,
-            torch.ops.sologpt.int8_mm.default, aten._scaled_mm.default, aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.higher_order.flex_attention}
+PRODUCTS = {
+    aten.mm.default, aten.mm.dtype, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._scaled_mm.default,
+    aten._int_mm.default, torch.ops.sologpt.int8_mm.default, aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.higher_order.flex_attention}
 
 
 def keep_all(function: Callable, *args: Any) -> Any:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from sologpt.machine import devices, peaks
+from sologpt.machine import devices
 from sologpt.matmuls.recipe_linear import relative_time
 from sologpt.matmuls.spec import parse_matmul
 from sologpt.training.build import Built
@@ -21,7 +21,7 @@ def make_header(built: Built, data: Data, machine: Machine, step: Step, schedule
     """The Header of a run, which has been built."""
     config, model = built.config, built.model
     flops_per_token = model.flops_per_token(config['block_size'])
-    peak, peak_source = peaks.find_peak(machine.device, machine.dtype, config['peak_flops'], config['tf32'])
+    peak, peak_source = machine.peak, machine.peak_source
     if config['matmul']:
         peak_source += f"; {machine.dtype}'s, whatever {config['matmul']} could reach"
     resolved = config | {

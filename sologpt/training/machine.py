@@ -6,7 +6,7 @@ import torch
 
 from configurator import InputError
 from model import GPTConfig
-from sologpt.machine import choices, devices, processes
+from sologpt.machine import choices, devices, peaks, processes
 from sologpt.matmuls.document_attention import find_document_attention
 from sologpt.training.checks import check_dtype
 from sologpt.training.resume import Resumed
@@ -23,6 +23,7 @@ class Machine:
     cuda_graphs                   whether to replay each micro-step as CUDA graphs
     dtype, dtype_reason           of the matmuls, after choose_formats()
     attn_backend, attn_reason     the attention kernel, after choose_formats()
+    peak, peak_source             FLOP/s that MFU is measured against, and its source, after choose_formats()
     """
 
     def __init__(self, config: dict):
@@ -32,9 +33,10 @@ class Machine:
         self.device = devices.find_device(config['device'])
         if self.torchrun and self.device.type == 'cuda':
             self.device = devices.find_device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}')
-        devices.prepare_device(self.device, config['tf32'], config['accumulate'])
-        self.memory = devices.usable_memory(self.device, config['memory_limit'])
         self.cuda_graphs = config['compile'] == 'cuda_graphs'
+        devices.prepare_device(self.device, config['tf32'], config['accumulate'], config['deterministic'],
+                               self.cuda_graphs)
+        self.memory = devices.usable_memory(self.device, config['memory_limit'])
         self.compile, self.compile_reason = bool(config['compile']), 'as asked'
         if config['compile'] == 'auto':
             self.compile, self.compile_reason = choices.can_compile(self.device)
@@ -44,9 +46,10 @@ class Machine:
 
     def choose_formats(self, config: dict, model_config: GPTConfig, run: Resumed, needs_mask: bool) -> None:
         """
-        Find the dtype of the matmuls and the attention kernel for a model. What 'auto' found in an earlier session
-        stays: measured again, it might come out otherwise. needs_mask: attention is given a mask, which not every
-        kernel takes. Raises InputError.
+        Find the dtype of the matmuls, the peak in it, and the attention kernel for a model. What 'auto' found in an
+        earlier session stays: measured again, it might come out otherwise. needs_mask: attention is given a mask, which
+        not every kernel takes. The model is not on the device yet, so that the matrices to measure with fit. Raises
+        InputError.
         """
         dtype = config['dtype']
         if dtype == 'auto':
@@ -57,6 +60,7 @@ class Machine:
         found, compiled = processes.of_master((found, (self.compile, self.compile_reason)))
         (self.dtype, self.dtype_reason), (self.compile, self.compile_reason) = found, compiled
         check_dtype(config, self.dtype, self.dtype_reason)
+        self.peak, self.peak_source = peaks.find_peak(self.device, self.dtype, config['peak_flops'], config['tf32'])
         self.attn_backend, self.attn_reason = processes.of_master(
             self._find_attention(config, model_config, run, needs_mask))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from configurator import InputError
+from sologpt.machine import devices
 from sologpt.training.forecast import Forecast
 
 
@@ -28,7 +29,7 @@ class MemoryAdvice:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, torch.OutOfMemoryError):
+        if devices.is_out_of_memory(error):
             raise InputError(self._advice()) from None
 
     def _advice(self):
@@ -67,8 +68,10 @@ def fastest(sizes: list[int], seconds: Callable[[int], float], forecast: Forecas
             continue
         try:
             speeds[size] = size / seconds(size)
-        except torch.OutOfMemoryError:  # the forecast was wrong
-            continue
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            continue  # the forecast was wrong
         finally:
             torch.cuda.empty_cache()  # a larger size's blocks are of no use to a smaller one
         tried = size
