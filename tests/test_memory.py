@@ -150,13 +150,18 @@ def test_other_errors_pass_and_all_out_of_memory_is_advised_on():
         raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')
 
 
+def test_an_evaluation_out_of_memory_gets_the_forecast_of_training():
+    model = built(n_layer=1)
+    with pytest.raises(InputError, match='is foreseen to take'), torch.no_grad():
+        with MemoryAdvice(64, 1, 1e9, lambda: Forecast(model, adamw, 64, 'bfloat16')):
+            raise torch.OutOfMemoryError('CUDA out of memory')
+
+
 def test_the_peak_is_measured_while_the_device_is_empty(project, monkeypatch):
     events = []
-    for module, name in ((peaks, 'find_peak'), (build, '_place')):
-        def spy(*args, name=name, function=getattr(module, name)):
-            events.append(name)
-            return function(*args)
-        monkeypatch.setattr(module, name, spy)
+    find_peak, place = peaks.find_peak, build._place
+    monkeypatch.setattr(peaks, 'find_peak', lambda *args: events.append('find_peak') or find_peak(*args))
+    monkeypatch.setattr(build, '_place', lambda *args: events.append('_place') or place(*args))
     project.train(max_iters=1, eval_interval=1)
     assert events == ['find_peak', '_place']
 

@@ -35,7 +35,8 @@ class MemoryAdvice:
     def _advice(self):
         sizes = divisors(self.batch_size)[1:]
         size, expected = next(iter(sizes), None), ', a guess'
-        with contextlib.suppress(Exception):  # an error here would hide what has happened
+        # an error here would hide what has happened; a forecast of training needs gradients, also in an evaluation
+        with contextlib.suppress(Exception), torch.enable_grad():
             foreseen = self.forecast()
             size = max(foreseen.fitting(self.limit, sizes), default=None)
             expected = f', which is foreseen to take {foreseen.at(size).peak / 1e9:.1f} GB' if size else ''
