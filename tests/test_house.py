@@ -10,8 +10,8 @@ from conftest import ROOT
 from configurator import resolve
 
 # a file may import what stands in its own line or in a line below
-ORDER = ['bench', 'exports', 'training', 'adapters', 'model', 'inference', 'files', 'matmuls', 'tokens', 'machine',
-         'configurator']
+ORDER = ['bench', 'nullgpu', 'exports', 'training', 'adapters', 'model', 'inference', 'files', 'matmuls', 'tokens',
+         'machine', 'configurator']
 FLOOR = {(name if name in ('model', 'configurator') else f'sologpt.{name}'): floor
          for floor, name in enumerate(reversed(ORDER))}
 SCRIPTS = ('train', 'sample', 'export', 'compare', 'bench')
