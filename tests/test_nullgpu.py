@@ -15,7 +15,7 @@ aten = torch.ops.aten
 LOG = '''\
 {"event": "malloc", "bytes": 2097152, "granted": true}
 {"event": "gemm", "layout": "TN", "m": 8, "n": 4, "k": 2, "batch": 1, \
-"a": "bfloat16", "b": "bfloat16", "d": "float32", "tf32": false, "refused": ""}
+"a": "bfloat16", "b": "bfloat16", "d": "float32", "tf32": false, "accumulates": false, "refused": ""}
 {"event": "op", "kind": "aten", "name": "aten.mm.out", "bytes": 176, "flops": 0, "dtype": "", "covers": 1}
 {"event": "mark", "what": "backward_begin", "peak": 100}
 {"event": "launch", "kind": "triton", "name": "triton_poi_0", "grid": [96, 1, 1], "block": [128, 1, 1], "shared": 64, \
@@ -31,7 +31,7 @@ LOG = '''\
 
 def test_a_log_becomes_events():
     events = parse_events(LOG)
-    assert events[1] == Gemm('TN', 8, 4, 2, 1, 'bfloat16', 'bfloat16', 'float32', False, '')
+    assert events[1] == Gemm('TN', 8, 4, 2, 1, 'bfloat16', 'bfloat16', 'float32', False, False, '')
     assert events[4] == Launch('triton', 'triton_poi_0', (96, 1, 1), (128, 1, 1), 64, 32, 8)
     dry = DryRun(find_card('T4'), 0, '', '', events)
     assert dry.peak == 300 and dry.refusals == ['cudaMemcpy: a stream is being captured']

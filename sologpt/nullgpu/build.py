@@ -88,7 +88,7 @@ def _run(command):
 
 
 def _compile(folder, includes):
-    """Write libcuda.so.1 into the folder, and libcuda.so, by which Triton's compiler finds it."""
+    """Write libcuda.so.1 into the folder. Triton's compiler finds it as libcuda.so, and torch as NVML's library."""
     flags = ['-O1', '-fPIC', *(f'-I{path}' for path in [SOURCES, *includes])]
     objects = []
     for source in _source_files():
@@ -101,7 +101,8 @@ def _compile(folder, includes):
         f.write(_not_supported(functions_needed(includes[1]), defined))
     _run(['gcc', '-shared', '-Wl,-soname,libcuda.so.1', *flags, '-o', os.path.join(folder, 'libcuda.so.1'), *objects,
           rest, '-ldl', '-lpthread'])
-    os.symlink('libcuda.so.1', os.path.join(folder, 'libcuda.so'))
+    for name in ('libcuda.so', 'libnvidia-ml.so.1'):
+        os.symlink('libcuda.so.1', os.path.join(folder, name))
 
 
 def functions_needed(driver_headers: str) -> dict[str, str]:

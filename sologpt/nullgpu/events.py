@@ -40,6 +40,7 @@ class Gemm:
     b: str
     d: str
     tf32: bool  # float32 operands are rounded to TF32
+    accumulates: bool  # the product is added to what is there
     refused: str  # why cuBLAS does not have it on this card; '': it does
 
 

@@ -32,6 +32,7 @@ struct layout {
 struct description {
     cublasOperation_t a, b;
     cublasComputeType_t compute;
+    cudaDataType scale;  // of alpha and beta
     int32_t a_scale, b_scale;  // cublasLtMatmulMatrixScale_t
 };
 
@@ -76,13 +77,20 @@ struct gemm {
     int batch;
     cudaDataType type_a, type_b, type_d;
     bool tf32;
+    bool accumulates;  // the product is added to what is there
 };
+
+static bool is_zero(const void *beta, cudaDataType scale) {
+    static const char zeros[8];
+    return !memcmp(beta, zeros, scale == CUDA_R_64F ? 8 : scale == CUDA_R_16F ? 2 : 4);
+}
 
 static void write_gemm(struct gemm g, const char *refused) {
     write_event("{\"event\": \"gemm\", \"layout\": \"%c%c\", \"m\": %lu, \"n\": %lu, \"k\": %lu, \"batch\": %d, "
-                "\"a\": \"%s\", \"b\": \"%s\", \"d\": \"%s\", \"tf32\": %s, \"refused\": \"%s\"}",
+                "\"a\": \"%s\", \"b\": \"%s\", \"d\": \"%s\", \"tf32\": %s, \"accumulates\": %s, \"refused\": \"%s\"}",
                 "NTC"[g.a], "NTC"[g.b], g.m, g.n, g.k, g.batch, type_name(g.type_a), type_name(g.type_b),
-                type_name(g.type_d), g.tf32 ? "true" : "false", refused ? refused : "");
+                type_name(g.type_d), g.tf32 ? "true" : "false", g.accumulates ? "true" : "false",
+                refused ? refused : "");
 }
 
 static bool is_float8(cudaDataType type) {
@@ -109,7 +117,7 @@ static const char *objection(const struct description *d, const struct layout *a
     bool by_row = d->a_scale == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F ||
                   d->a_scale == CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F ||
                   d->a_scale == CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
-    return by_row && capability != 90 ? "scales of rows or of 128 elements, other than on compute capability 9.0" : NULL;
+    return by_row && capability != 90 ? "scales of rows or blocks, other than on compute capability 9.0" : NULL;
 }
 
 // ---- cuBLAS ----
@@ -167,7 +175,10 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                                           long long stride_d, int batch, cublasComputeType_t compute,
                                           cublasGemmAlgo_t algorithm) {
     bool tf32 = type_a == CUDA_R_32F && (uses_tf32(handle) || compute == CUBLAS_COMPUTE_32F_FAST_TF32);
-    write_gemm((struct gemm){op_a, op_b, m, n, k, batch, type_a, type_b, type_d, tf32}, NULL);
+    cudaDataType scale = compute == CUBLAS_COMPUTE_16F   ? CUDA_R_16F
+                       : compute == CUBLAS_COMPUTE_64F ? CUDA_R_64F
+                                                         : CUDA_R_32F;
+    write_gemm((struct gemm){op_a, op_b, m, n, k, batch, type_a, type_b, type_d, tf32, !is_zero(beta, scale)}, NULL);
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -242,6 +253,7 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *description, cubla
                                         cudaDataType scale) {
     struct description *made = calloc(1, sizeof *made);
     made->compute = compute;
+    made->scale = scale;
     *description = (cublasLtMatmulDesc_t)made;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -281,10 +293,14 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
     return CUBLAS_STATUS_SUCCESS;
 }
 
-static struct gemm gemm_of(const struct description *d, const struct layout *a, const struct layout *b,
-                           const struct layout *result) {
-    return (struct gemm){d->a,    d->b,    result->rows, result->columns, d->a == CUBLAS_OP_N ? a->columns : a->rows,
-                         a->batch, a->type, b->type,      result->type,    d->compute == CUBLAS_COMPUTE_32F_FAST_TF32};
+static void write_lt_gemm(cublasLtMatmulDesc_t description, cublasLtMatrixLayout_t left, cublasLtMatrixLayout_t right,
+                          cublasLtMatrixLayout_t result, bool accumulates, const char *refused) {
+    const struct description *d = description_of(description);
+    const struct layout *a = layout_of(left), *b = layout_of(right), *made = layout_of(result);
+    uint64_t k = d->a == CUBLAS_OP_N ? a->columns : a->rows;
+    bool tf32 = d->compute == CUBLAS_COMPUTE_32F_FAST_TF32;
+    write_gemm((struct gemm){d->a, d->b, made->rows, made->columns, k, a->batch, a->type, b->type, made->type, tf32,
+                             accumulates}, refused);
 }
 
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t description,
@@ -295,7 +311,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     const char *refused = objection(description_of(description), layout_of(a));
     *found = refused ? 0 : 1;
     if (refused) {
-        write_gemm(gemm_of(description_of(description), layout_of(a), layout_of(b), layout_of(d)), refused);
+        write_lt_gemm(description, a, b, d, false, refused);
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     memset(results, 0, sizeof *results);
@@ -308,6 +324,6 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algorithm, void *workspace,
                               size_t workspace_size, cudaStream_t stream) {
     const char *refused = objection(description_of(description), layout_of(a));
-    write_gemm(gemm_of(description_of(description), layout_of(a), layout_of(b), layout_of(d)), refused);
+    write_lt_gemm(description, a, b, d, !is_zero(beta, description_of(description)->scale), refused);
     return refused ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
 }

@@ -265,3 +265,43 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function
         *result = found;
     return *function || result ? cudaSuccess : runtime_error(cudaErrorSymbolNotFound);
 }
+
+// ---- NVML, which torch asks for the number of devices, when memory is used up, and for expandable segments ----
+
+int nvmlInit(void) {
+    return 0;
+}
+
+int nvmlInit_v2(void) {
+    return 0;
+}
+
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    *count = 1;
+    return 0;
+}
+
+int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) {
+    *device = context;
+    return 0;
+}
+
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *processes) {
+    *count = 0;
+    return 0;
+}
+
+enum { NVML_ERROR_NOT_SUPPORTED = 3 };
+
+int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) {
+    return NVML_ERROR_NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) {
+    return NVML_ERROR_NOT_SUPPORTED;
+}
+
+int nvmlSystemGetCudaDriverVersion_v2(int *version) {
+    *version = CUDA_VERSION_OF_DRIVER;
+    return 0;
+}

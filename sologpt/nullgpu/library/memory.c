@@ -217,8 +217,8 @@ static cudaError_t log_and_copy(void *to, const void *from, size_t size, bool is
     bool pinned = (to_device || is_pinned_memory(to)) && (from_device || is_pinned_memory(from));
     if (is_async && stream_captures(stream) && !pinned)
         return refuse_during_capture("cudaMemcpyAsync with pageable memory");
-    write_event("{\"event\": \"memcpy\", \"bytes\": %zu, \"direction\": \"%s\", \"is_async\": %s, \"pinned\": %s}", size,
-                direction(to, from), is_async ? "true" : "false", pinned ? "true" : "false");
+    write_event("{\"event\": \"memcpy\", \"bytes\": %zu, \"direction\": \"%s\", \"is_async\": %s, \"pinned\": %s}",
+                size, direction(to, from), is_async ? "true" : "false", pinned ? "true" : "false");
     copy(to, from, size);
     return cudaSuccess;
 }
