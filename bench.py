@@ -12,6 +12,7 @@ not have, and config files, go to train.py.
   python bench.py --suite=export
   python bench.py --suite=data --tokenizer=gpt2
   python bench.py --suite=plan config/train_fineweb_124m.py --memory=12
+  python bench.py --suite=dryrun config/train_gpt2.py --card="RTX 4070" --peer=../nanoGPT
   python bench.py --suite=gpu --peer=../nanoGPT
 
 race      seconds, iterations and tokens to the val loss that a peer, such as nanoGPT, reaches at its end, over seeds
@@ -24,6 +25,7 @@ adapters  a finetuning by each kind of adapter and by all weights: val loss, tim
 export    a model of GPT-2's smallest size to each form that export.py has: time and memory
 data      text to token files, beside the tokenizer alone; its memory; what it takes to read batches
 plan      the GPU memory that a config will take, without a GPU; the largest micro-batch that fits
+dryrun    the kernels and the memory of a config's step on a card that is not there; modelled times, beside nanoGPT's
 gpu       a GPU in one go, beside nanoGPT: training, memory, a race, sampling, parts of other suites; it can be resumed
 
 A peer is any trainer that follows nanoGPT's command line and console log. The race is read at this trainer's
@@ -40,10 +42,10 @@ from sologpt.bench import process
 from sologpt.machine import devices
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data, plan or gpu
+suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data, plan, dryrun or gpu
 runs = 3  # runs of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the JSON file of the figures; a picture goes beside it where the suite draws one; '': results/<suite>.json
-# race, speed and gpu
+# race, speed, dryrun and gpu
 peer = ''  # the folder of the other trainer
 # race
 peer_args = 'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=145 --eval_interval=2000 \
@@ -62,6 +64,8 @@ gigabytes = 1.0  # size of the text whose preparation is measured
 # plan
 memory = 12.0  # GB of the GPU
 check = False  # also run the step here, with random weights and tokens, and measure what it takes
+# dryrun
+card = 'RTX 4070'  # T4, RTX 3060, RTX 4060 Ti, RTX 4070, RTX 4090, A100, H100 or RTX 5090
 # gpu
 minutes = 9.0  # rows that do not fit in this time are left to the next call
 small = False  # try all of it at a tiny size, on any device; this measures nothing
@@ -70,14 +74,16 @@ restart = False  # measure again what dest has
 for_train = []
 config, given = configure(globals(), pass_on=for_train)
 
-SUITES = ('race', 'sweep', 'ablation', 'speed', 'matmul', 'formats', 'adapters', 'export', 'data', 'plan', 'gpu')
+SUITES = ('race', 'sweep', 'ablation', 'speed', 'matmul', 'formats', 'adapters', 'export', 'data', 'plan', 'dryrun',
+          'gpu')
 if suite not in SUITES:
     raise InputError(f'suite={suite!r}: use --suite= with {", ".join(SUITES)}')
 for key in ('runs', 'steps', 'tokens'):
     if config[key] < 1:
         raise InputError(f'{key}={config[key]} must be at least 1')
 # what measures nothing lies apart from results/<suite>.json, and is not to be committed
-suffix = '_small' if small else '_foreseen' if suite == 'plan' and not check else ''
+suffix = ('_small' if small else '_foreseen' if suite == 'plan' and not check else
+          '_modelled' if suite == 'dryrun' else '')
 config['dest'] = dest or os.path.join('results', f'{suite}{suffix}.json')
 if not os.path.isdir(os.path.dirname(config['dest']) or '.'):
     raise InputError(f'dest={config["dest"]}: there is no such folder')

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from sologpt.nullgpu.build import build_library, cache_folder
 from sologpt.nullgpu.cards import Card
-from sologpt.nullgpu.events import Event, Gemm, Launch, Mark, Memcpy, Refusal, Sync, parse_events, replay_graphs
+from sologpt.nullgpu.events import Event, Gemm, Launch, Malloc, Mark, Memcpy, Refusal, Sync, parse_events, replay_graphs
 
 CHILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'child.py')
 
@@ -49,6 +49,11 @@ class DryRun:
         """What CUDA or cuBLAS would have refused."""
         return [f'{event.call}: {event.reason}' for event in self.events if isinstance(event, Refusal)] + [
             f'matmul: {event.refused}' for event in self.events if isinstance(event, Gemm) and event.refused]
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the script failed because the memory of the card was used up."""
+        return self.returncode != 0 and any(isinstance(event, Malloc) and not event.granted for event in self.events)
 
     def training_steps(self) -> list[TrainingStep]:
         """The steps in order. Graphs that are launched are replaced by what is in them."""
