@@ -55,10 +55,11 @@ def test_a_graph_is_replaced_by_what_was_captured():
     kernel, other = Launch('aten', 'a', graph=1), Launch('aten', 'b')
     log = ('{"event": "capture", "begins": true, "graph": 1}\n'
            '{"event": "launch", "kind": "aten", "name": "a", "graph": 1}\n'
+           '{"event": "sync", "what": "stream"}\n'
            '{"event": "capture", "begins": false, "graph": 1}\n'
            '{"event": "launch", "kind": "aten", "name": "b"}\n'
            '{"event": "graph_launch", "graph": 1}\n{"event": "graph_launch", "graph": 1}\n')
-    assert replay_graphs(parse_events(log)) == [other, kernel, kernel]
+    assert replay_graphs(parse_events(log)) == [Sync('stream'), other, kernel, kernel]
 
 
 @pytest.mark.parametrize('name', ['RTX 4070', 'rtx 4070', 'GeForce RTX 4070', 'NVIDIA GeForce RTX 4070'])

@@ -73,7 +73,7 @@ def test_figures_of_a_run_are_called_modelled(capsys):
              Mark('backward_end', 3 * 10 ** 9)]
     update = [Launch('aten', 'adamw'), op('aten', 'aten._fused_adamw_.default', 1, bytes=1008e6), Sync('stream'),
               Mark('update_end', 2 * 10 ** 9)]
-    figures = dryrun._describe_run('here', DryRun(RTX, 0, '', '', 3 * [*micro, *micro, *update]), RTX)
+    figures = dryrun._describe_run('here', DryRun(RTX, 0, '', '', 5 * [*micro, *micro, *update]), RTX)
     assert figures['micro_step']['by_kind']['all']['modelled_ms'] == pytest.approx(1)
     assert figures['update']['by_kind']['ATen']['modelled_ms'] == pytest.approx(2)
     assert figures['peak_gb'] == 3 and figures['waits_in_step'] == 1 and figures['micro_step']['waits'] == 0

@@ -129,6 +129,7 @@ class Mark:
 Event = Launch | Gemm | Memcpy | Memset | Sync | Malloc | Free | Capture | GraphLaunch | Refusal | Op | Mark
 EVENTS = {'launch': Launch, 'gemm': Gemm, 'memcpy': Memcpy, 'memset': Memset, 'sync': Sync, 'malloc': Malloc,
           'free': Free, 'capture': Capture, 'graph_launch': GraphLaunch, 'refusal': Refusal, 'op': Op, 'mark': Mark}
+WORK = (Launch, Gemm, Memcpy, Memset, Op)  # what a graph can hold
 
 
 def parse_events(text: str) -> list[Event]:
@@ -143,7 +144,10 @@ def parse_events(text: str) -> list[Event]:
 
 
 def replay_graphs(events: list[Event]) -> list[Event]:
-    """The events with each launch of a graph replaced by what was captured in it, and without the captures."""
+    """
+    The events with each launch of a graph replaced by the work that was captured in it, and without the captures. What
+    the program itself did while it captured, such as to allocate, happened then.
+    """
     graphs, graph, replayed = {}, 0, []
     for event in events:
         if isinstance(event, Capture):
@@ -151,6 +155,8 @@ def replay_graphs(events: list[Event]) -> list[Event]:
             graphs.setdefault(event.graph, [])
         elif isinstance(event, GraphLaunch):
             replayed += graphs.get(event.graph, [])
+        elif graph and isinstance(event, WORK):
+            graphs[graph].append(event)
         else:
-            (graphs[graph] if graph else replayed).append(event)
+            replayed.append(event)
     return replayed
