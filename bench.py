@@ -13,6 +13,7 @@ not have, and config files, go to train.py.
   python bench.py --suite=data --tokenizer=gpt2
   python bench.py --suite=plan config/train_fineweb_124m.py --memory=12
   python bench.py --suite=dryrun config/train_gpt2.py --card="RTX 4070" --peer=../nanoGPT
+  python bench.py --suite=gpu --quick=True
   python bench.py --suite=gpu --peer=../nanoGPT
 
 race      seconds, iterations and tokens to the val loss that a peer, such as nanoGPT, reaches at its end, over seeds
@@ -27,6 +28,7 @@ data      text to token files, beside the tokenizer alone; its memory; what it t
 plan      the GPU memory that a config will take, without a GPU; the largest micro-batch that fits
 dryrun    the kernels and the memory of a config's step on a card that is not there; modelled times, beside nanoGPT's
 gpu       a GPU in one go, beside nanoGPT: training, memory, a race, sampling, parts of other suites; it can be resumed
+          --quick=True: whether everything works on it, in two minutes, without a peer
 
 A peer is any trainer that follows nanoGPT's command line and console log. The race is read at this trainer's
 evaluations: a short --eval_interval shows it closely.
@@ -69,6 +71,7 @@ card = 'RTX 4070'  # T4, RTX 3060, RTX 4060 Ti, RTX 4070, RTX 4090, A100, H100 o
 # gpu
 minutes = 9.0  # rows that do not fit in this time are left to the next call
 small = False  # try all of it at a tiny size, on any device; this measures nothing
+quick = False  # measure nothing, but try every path once at a tiny size, and say which of them work
 restart = False  # measure again what dest has
 # ----------------------------------------------------------------------------------------------------------------------
 for_train = []
@@ -78,12 +81,14 @@ SUITES = ('race', 'sweep', 'ablation', 'speed', 'matmul', 'formats', 'adapters',
           'gpu')
 if suite not in SUITES:
     raise InputError(f'suite={suite!r}: use --suite= with {", ".join(SUITES)}')
+if quick and suite != 'gpu':
+    raise InputError(f'quick=True is for --suite=gpu, not for {suite}')
 for key in ('runs', 'steps', 'tokens'):
     if config[key] < 1:
         raise InputError(f'{key}={config[key]} must be at least 1')
 # what measures nothing lies apart from results/<suite>.json, and is not to be committed
-suffix = ('_small' if small else '_foreseen' if suite == 'plan' and not check else
-          '_modelled' if suite == 'dryrun' else '')
+suffix = '_modelled' if suite == 'dryrun' else '_foreseen' if suite == 'plan' and not check else ''
+suffix = '_quick' if quick else '_small' if small else suffix
 config['dest'] = dest or os.path.join('results', f'{suite}{suffix}.json')
 if not os.path.isdir(os.path.dirname(config['dest']) or '.'):
     raise InputError(f'dest={config["dest"]}: there is no such folder')
@@ -91,6 +96,7 @@ picture = os.path.splitext(config['dest'])[0] + '.png'
 command = shlex.join(['python', 'bench.py', *(f'--{key}={config[key]}' for key in given), *for_train])
 
 measured = {'command': command, 'date': time.strftime('%Y-%m-%d'), **devices.versions()}
-measured['figures'] = importlib.import_module(f'sologpt.bench.{suite}').measure(config, for_train, picture)
+module = importlib.import_module(f'sologpt.bench.{suite}{"_quick" if quick else ""}')
+measured['figures'] = module.measure(config, for_train, picture)
 process.write_json(config['dest'], measured)
 print(f'written to {config["dest"]}')

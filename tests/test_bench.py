@@ -25,6 +25,7 @@ from sologpt.bench import (
     export,
     formats,
     gpu,
+    gpu_card,
     gpu_measurements,
     gpu_rows,
     gpu_session,
@@ -636,12 +637,12 @@ def test_what_nvidia_smi_says(tmp_path, monkeypatch):
                    'echo "GPU-12, 580.1, 1980, 1980, 3201, 690.10, 700.00, 61"\n')
     smi.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}', prepend=':')
-    found = gpu_measurements.read_nvidia_smi(SimpleNamespace(uuid='12'))
+    found = gpu_card.read_nvidia_smi(SimpleNamespace(uuid='12'))
     assert found['clocks.sm'] == '1980' and found['temperature.gpu'] == '61' and 'uuid' not in found
-    assert gpu_measurements.read_nvidia_smi(SimpleNamespace(uuid='13')) == {}
+    assert gpu_card.read_nvidia_smi(SimpleNamespace(uuid='13')) == {}
     smi.unlink()
     monkeypatch.setenv('PATH', f'{tmp_path}')
-    assert gpu_measurements.read_nvidia_smi(SimpleNamespace(uuid='12')) == {}
+    assert gpu_card.read_nvidia_smi(SimpleNamespace(uuid='12')) == {}
 
 
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no process groups')

@@ -7,11 +7,9 @@ CPU too; its figures say nothing about a machine.
 Nothing of the machine is set. The card is read before and after, so that a clock that fell shows.
 """
 
-import contextlib
 import json
 import os
 import re
-import signal
 import statistics
 import tempfile
 import time
@@ -20,9 +18,9 @@ import torch
 
 from configurator import InputError
 from sologpt.bench import process
-from sologpt.bench.gpu_measurements import read_card
+from sologpt.bench.gpu_card import read_card
 from sologpt.bench.gpu_rows import Row, list_rows
-from sologpt.bench.gpu_session import Session
+from sologpt.bench.gpu_session import Session, caches_in, terminating
 from sologpt.bench.peer import check_peer
 from sologpt.bench.pictures import DARK_GREY, GREY, draw_picture, style_axes
 from sologpt.machine import devices
@@ -30,7 +28,6 @@ from sologpt.machine import devices
 SHOWN = ('ms_per_step', 'tokens_per_s', 'mfu', 'memory_gb', 'target_val_loss', 'here_final_val_loss', 'matmul_tflops',
          'copy_gb_per_s')
 LAST = 25  # seconds that are left for reading the card and for the picture
-CACHES = ('TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR')
 
 
 def measure(config: dict, train_args: list[str], picture: str) -> dict:
@@ -50,7 +47,7 @@ def measure(config: dict, train_args: list[str], picture: str) -> dict:
                 'dataset': options['dataset']}
     figures = _begin(config['dest'], settings, config['restart'])
     end = time.monotonic() + 60 * config['minutes']
-    with tempfile.TemporaryDirectory() as folder, _terminating(), _caches_in(folder):
+    with tempfile.TemporaryDirectory() as folder, terminating(), caches_in(folder):
         session = Session(peer, device, small, options['dataset'], folder, figures)
         not_reached = _measure_rows(session, chosen, end, config['dest'])
     figures['summary'] = summary(figures)
@@ -70,29 +67,6 @@ def _choose(wanted):
     if unknown := [part for part in asked if part not in parts]:
         raise InputError(f'recipes: there is no part {unknown[0]!r}: use {", ".join(parts)}')
     return [row for row in rows if not asked or row.part in asked]
-
-
-@contextlib.contextmanager
-def _terminating():
-    """SIGTERM interrupts as Ctrl-C does, so that nothing is left running."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _caches_in(folder):
-    """Compiled kernels are shared by the rows, and deleted with the folder."""
-    before = {name: os.environ.get(name) for name in CACHES}
-    os.environ |= {name: os.path.join(folder, name) for name in CACHES}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            os.environ |= {name: value} if value is not None else {}
 
 
 def _measure_rows(session, chosen, end, dest):

@@ -9,8 +9,6 @@ a step takes as long, and no checkpoint is written. Evaluations are as small as 
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -24,7 +22,7 @@ from sologpt.bench.gpu_session import STEP, Session
 from sologpt.files.models import read_model
 from sologpt.inference.compiled_step import CompiledStep
 from sologpt.inference.generation import lists_of, stream
-from sologpt.machine import choices, clock, devices, peaks
+from sologpt.machine import choices, clock, devices
 from sologpt.matmuls.held import hold_all_linears_in
 from sologpt.training.runs import read_run
 
@@ -254,48 +252,3 @@ def print_adapters(recipes: str, train_args: list[str], small: bool) -> None:
         recipes = recipes and 'lora'
     print(json.dumps(adapters.step_124m({'recipes': recipes, 'steps': steps}, train_args, shape, rounds) if recipes
                      else adapters.serving(train_args, shape)))
-
-
-# ---- the card --------------------------------------------------------------------------------------------------------
-
-def read_card(session: Session, keys: dict) -> dict:
-    """The facts of print_card(), read in a process of its own."""
-    return session.child('gpu_measurements', f'print_card({f"{session.device}"!r}, {session.dtype!r}, {session.small})')
-
-
-def print_card(name: str, dtype: str, small: bool) -> None:
-    """Print, as JSON, what the device is, and how fast a large matmul and a copy are."""
-    device = devices.find_device(name)
-    devices.prepare_device(device)
-    flops = peaks.matmul_flops(device, devices.DTYPES[dtype])
-    found = {'name': devices.device_name(device), 'torch': torch.__version__, 'cuda': torch.version.cuda,
-             'python': sys.version.split()[0], 'matmul_tflops': flops / 1e12}
-    source = torch.ones(2 ** 24 if small else 2 ** 31, dtype=torch.uint8, device=device)
-    dest = torch.empty_like(source)
-    found['copy_gb_per_s'] = 2 * source.numel() / 1e9 / clock.shortest_seconds(lambda: dest.copy_(source), device)
-    if device.type == 'cuda':
-        import triton
-        properties = torch.cuda.get_device_properties(device)
-        found |= {'capability': list(torch.cuda.get_device_capability(device)), 'triton': triton.__version__,
-                  'memory_gb': properties.total_memory / 1e9, 'multiprocessors': properties.multi_processor_count,
-                  'cudnn': torch.backends.cudnn.version(), 'idle': read_nvidia_smi(properties)}
-        a = torch.randn(8192, 8192, device=device, dtype=devices.DTYPES[dtype])
-        for _ in range(int(2 * flops / (2 * 8192 ** 3))):  # two seconds, which are queued
-            a @ a
-        found['busy'] = read_nvidia_smi(properties)
-    print(json.dumps(found))
-
-
-def read_nvidia_smi(properties) -> dict[str, str]:
-    """
-    Driver, clocks in MHz, power in W and temperature in C of one card, as nvidia-smi says; {} if it does not.
-    properties: torch's, of the card.
-    """
-    asked = 'uuid,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu'
-    try:
-        printed = subprocess.run(['nvidia-smi', f'--query-gpu={asked}', '--format=csv,noheader,nounits'],
-                                 capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    cards = [dict(zip(asked.split(','), line.split(', '), strict=False)) for line in printed.splitlines()]
-    return next((card for card in cards if f'{properties.uuid}' in card.pop('uuid')), {})

@@ -1,10 +1,13 @@
 """One call of the gpu suite: where it runs, the keys of its steps, the token files and the model that rows share."""
 
+import contextlib
 import json
 import os
 import pickle
 import shlex
+import signal
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ from sologpt.tokens.tokenizer import GPT2_EOT, Bytes
 STEP = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, gradient_accumulation_steps=4,
             max_iters=20, dataset='tokens')
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, max_iters=3)  # what --small changes, and micro-batches / 8
+CACHES = ('TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR')
 CODE_TOKENS = 40_000_000  # of the text of a race
 
 
@@ -103,6 +107,29 @@ class Session:
         """What a call of sologpt/bench/<module>.py prints in its last line, as JSON, in a process of its own."""
         printed, _ = process.run_script(process.ROOT, '-c', [f'from sologpt.bench import {module}; {module}.{call}'])
         return json.loads(printed.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def terminating() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does, so that nothing is left running."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def caches_in(folder: str) -> Iterator[None]:
+    """Compiled kernels are shared by the rows, and deleted with the folder."""
+    before = {name: os.environ.get(name) for name in CACHES}
+    os.environ |= {name: os.path.join(folder, name) for name in CACHES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {name: value} if value is not None else {}
 
 
 def write_random_tokens(folder: str, name: str) -> None:
