@@ -100,3 +100,9 @@ module = importlib.import_module(f'sologpt.bench.{suite}{"_quick" if quick else 
 measured['figures'] = module.measure(config, for_train, picture)
 process.write_json(config['dest'], measured)
 print(f'written to {config["dest"]}')
+if suite == 'gpu' and not quick:
+    table = importlib.import_module('sologpt.bench.gpu_table').to_markdown(measured)
+    table_file = os.path.splitext(config['dest'])[0] + '.md'
+    with open(table_file, 'w', encoding='utf-8') as f:
+        f.write(table)
+    print(f'written to {table_file}:\n\n{table}')

@@ -7,7 +7,6 @@ CPU too; its figures say nothing about a machine.
 Nothing of the machine is set. The card is read before and after, so that a clock that fell shows.
 """
 
-import json
 import os
 import re
 import statistics
@@ -19,7 +18,7 @@ import torch
 from configurator import InputError
 from sologpt.bench import process
 from sologpt.bench.gpu_card import read_card
-from sologpt.bench.gpu_rows import Row, list_rows
+from sologpt.bench.gpu_rows import LAST, Row, list_rows
 from sologpt.bench.gpu_session import Session, caches_in, terminating
 from sologpt.bench.peer import check_peer
 from sologpt.bench.pictures import DARK_GREY, GREY, draw_picture, style_axes
@@ -27,7 +26,6 @@ from sologpt.machine import devices
 
 SHOWN = ('ms_per_step', 'tokens_per_s', 'mfu', 'memory_gb', 'target_val_loss', 'here_final_val_loss', 'matmul_tflops',
          'copy_gb_per_s')
-LAST = 25  # seconds that are left for reading the card and for the picture
 
 
 def measure(config: dict, train_args: list[str], picture: str) -> dict:
@@ -52,7 +50,6 @@ def measure(config: dict, train_args: list[str], picture: str) -> dict:
         not_reached = _measure_rows(session, chosen, end, config['dest'])
     figures['summary'] = summary(figures)
     draw_picture(picture, (12, 8), _draw, figures)
-    print(json.dumps(figures['summary'], indent=1))
     if not_reached:
         print('not measured for want of time; the same command goes on with:')
         for row in not_reached:
@@ -146,7 +143,8 @@ def summary(figures: dict) -> dict:
     if runs:
         best = max(runs, key=lambda name: runs[name]['ratio']['seconds'])
         found['race'] = {'fewer': runs[best]['ratio'], 'by': best, 'target_val_loss': runs[best]['target_val_loss']}
-    sampling = {name: row['tokens_per_s'] for name, row in figures.get('sampling', {}).items() if 'tokens_per_s' in row}
+    sampling = {name + words: row[key] for name, row in figures.get('sampling', {}).items()
+                for words, key in (('', 'tokens_per_s'), (', compiled', 'compiled_tokens_per_s')) if key in row}
     return found | ({'sampling_tokens_per_s': sampling} if sampling else {})
 
 

@@ -6,6 +6,7 @@ generate() by config files, which it runs as Python. This trainer says both itse
 a step takes as long, and no checkpoint is written. Evaluations are as small as can be, because they belong to no step.
 """
 
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from sologpt.bench import adapters, peer, plan, process, race
+from sologpt.bench import adapters, matmul, peer, plan, process, race
 from sologpt.bench.gpu_session import STEP, Session
 from sologpt.files.models import read_model
 from sologpt.inference.compiled_step import CompiledStep
@@ -27,8 +28,9 @@ from sologpt.matmuls.held import hold_all_linears_in
 from sologpt.training.runs import read_run
 
 UNTIMED = {'eval_interval': 10 ** 6, 'always_save_checkpoint': False, 'learning_rate': 0.0}
-RACE_STEPS = 460  # 30M tokens for nanoGPT
-NEW_TOKENS = 1000  # of a text that is drawn
+RACE_STEPS, RACE_SECONDS = 240, 35  # nanoGPT's steps, and what they take on a large GPU: a slower one does fewer
+LEAST_RACE_STEPS = 60
+NEW_TOKENS, WARM_UP_TOKENS = 1000, 20  # of a text that is drawn, and of one before it
 
 
 # ---- training steps --------------------------------------------------------------------------------------------------
@@ -113,10 +115,10 @@ def wait_for_batches(session: Session, keys: dict) -> dict:
 
 def race_peer(session: Session, keys: dict) -> dict:
     """nanoGPT's recipe, warm-up and decay scaled to its tokens: seconds, and the loss that is to be reached."""
-    name, steps = session.dataset or 'code', 20 if session.small else RACE_STEPS
+    name, steps = session.dataset or 'code', _race_steps(session)
     keys = _peer_keys(session, keys | {'dataset': name}) | {
-        'max_iters': steps, 'lr_decay_iters': steps, 'warmup_iters': steps // 20, 'eval_interval': steps // 4,
-        'learning_rate': 6e-4, 'min_lr': 6e-5, 'eval_iters': 2 if session.small else 50}
+        'max_iters': steps, 'lr_decay_iters': steps, 'warmup_iters': steps // 20, 'eval_interval': steps // 2,
+        'learning_rate': 6e-4, 'min_lr': 6e-5, 'eval_iters': 2 if session.small else 20}
     folder = peer.link_tokens(keys.pop('dataset'), session.peer, tempfile.mkdtemp(dir=session.folder))
     session.note('nanoGPT', 'train.py', keys | {'dataset': folder})
     args = process.flags({key: value for key, value in keys.items() if key != 'out_dir'})
@@ -126,6 +128,15 @@ def race_peer(session: Session, keys: dict) -> dict:
     return {'target_val_loss': target, 'target_is': target_is, 'val_crc32': _crc(folder),
             'eval_iters': keys['eval_iters'], 'steps': steps, 'peer': race.peer_figures(run),
             'curve': run.curve('seconds')}
+
+
+def _race_steps(session):
+    """An even number, so that nanoGPT's last evaluation is at its end."""
+    if session.small:
+        return 20
+    ms = session.figures.get('training_step', {}).get('nanoGPT, round 1', {}).get('ms_per_step')
+    steps = RACE_STEPS if ms is None else int(min(RACE_STEPS, max(LEAST_RACE_STEPS, 1000 * RACE_SECONDS / ms)))
+    return steps - steps % 2
 
 
 def _crc(folder):
@@ -141,7 +152,7 @@ def race_here(session: Session, keys: dict) -> dict:
     steps = max(4, round(keys['share'] * theirs['steps']))
     keys = _own_keys(session, session.sized(STEP | {'n_head': 6, 'dataset': session.dataset or 'code'}))
     keys = _in_total_batch_size(keys) | {
-        'max_iters': steps, 'momentum_warmup': steps // 4, 'eval_interval': steps // 4,
+        'max_iters': steps, 'momentum_warmup': steps // 4, 'eval_interval': -(-steps // 2),
         'eval_iters': theirs['eval_iters']}
     if _crc(keys['dataset']) != theirs['val_crc32']:
         raise InputError("the token files are others than nanoGPT's were: --restart=True measures both")
@@ -158,6 +169,7 @@ def race_here(session: Session, keys: dict) -> dict:
 PEER_HOOK = '''import time
 _generate = GPT.generate
 def _timed(self, idx, n, **keys):
+    _generate(self, idx, WARM_UP_TOKENS, **keys)
     start = time.perf_counter()
     y = _generate(self, idx, n, **keys)
     y.tolist()
@@ -168,11 +180,11 @@ GPT.generate = _timed
 
 
 def sample_peer(session: Session, keys: dict) -> dict:
-    """nanoGPT's sample.py draws two texts in turn; the first warms up."""
+    """nanoGPT's sample.py draws a text, after a short one that warms up."""
     keys = {'device': f'{session.device}', 'start': 'A', 'max_new_tokens': _new_tokens(session),
-            'out_dir': session.base(), 'num_samples': 2, 'dtype': session.dtype}
+            'out_dir': session.base(), 'num_samples': 1, 'dtype': session.dtype}
     session.note('nanoGPT', 'sample.py', keys)
-    hook = session.file('generate.py', PEER_HOOK)
+    hook = session.file('generate.py', PEER_HOOK.replace('WARM_UP_TOKENS', f'{WARM_UP_TOKENS}'))
     printed, _ = process.run_script(session.peer, 'sample.py', [hook, *process.flags(keys)])
     n, seconds = _find_last(r'^drawn (\d+) ([\d.e-]+)$', printed)
     return {'tokens_per_s': int(n) / float(seconds), 'tokens': int(n)}
@@ -183,15 +195,17 @@ def _new_tokens(session):
 
 
 def sample(session: Session, keys: dict) -> dict:
-    """This trainer draws a text twice with sample.py's settings; the first warms up and compiles."""
-    call = (f'print_sampling({session.base()!r}, {f"{session.device}"!r}, {_new_tokens(session)}, '
-            f'{session.compile and keys["compile"]})')
+    """
+    This trainer draws a text with sample.py's settings, eager and compiled, after a short one that warms up and
+    compiles.
+    """
+    call = f'print_sampling({session.base()!r}, {f"{session.device}"!r}, {_new_tokens(session)}, {session.compile})'
     session.commands.append(session.plain(call))
     return session.child('gpu_measurements', call)
 
 
 def print_sampling(source: str, device_name: str, new_tokens: int, compile: bool) -> None:
-    """Print, as JSON, how many tokens per second are drawn from a checkpoint. A first text warms up and compiles."""
+    """Print, as JSON, how many tokens per second are drawn from a checkpoint: eager, and compiled if that is asked."""
     device = devices.find_device(device_name)
     devices.prepare_device(device)
     shape = GPTConfig.from_saved(read_model(source)[0])
@@ -200,17 +214,55 @@ def print_sampling(source: str, device_name: str, new_tokens: int, compile: bool
     model, _ = GPT.from_checkpoint(source, dropout=0.0, attn_backend=attn_backend)
     model.eval().to(device)
     hold_all_linears_in(model, dtype)
-    step = CompiledStep(model) if compile else None
     prompt, window_step = torch.full((1, 1), 33, device=device), max(1, shape.block_size // 8)
-    for _ in range(2):
-        generator = torch.Generator(device).manual_seed(1337)
-        clock.synchronize(device)
-        start = time.perf_counter()
-        with devices.autocast(device, dtype):
-            n = len(list(lists_of(stream(model, prompt, new_tokens, 0.8, 200, window_step=window_step,
-                                         generator=generator, step=step))))
-        seconds = time.perf_counter() - start
-    print(json.dumps({'tokens_per_s': n / seconds, 'tokens': n}))
+
+    def tokens_per_s(step=None):
+        for n in (WARM_UP_TOKENS, new_tokens):
+            generator = torch.Generator(device).manual_seed(1337)
+            clock.synchronize(device)
+            start = time.perf_counter()
+            with devices.autocast(device, dtype):
+                drawn = list(lists_of(stream(model, prompt, n, 0.8, 200, window_step=window_step, generator=generator,
+                                             step=step)))
+        return len(drawn) / (time.perf_counter() - start)
+    found = {'tokens': new_tokens, 'tokens_per_s': tokens_per_s()}
+    if compile:
+        found |= _or_failed(lambda: {'compiled_tokens_per_s': tokens_per_s(CompiledStep(model))}, 'compiled_failed')
+    print(json.dumps(found))
+
+
+def _or_failed(measure, key='failed'):
+    """What measure() returns, or why it failed, by this key: a part of a row does not take the rest of it down."""
+    try:
+        return measure()
+    except Exception as e:
+        return {key: f'{type(e).__name__}: {e}'.partition('\n')[0][:300]}
+
+
+# ---- Linears ---------------------------------------------------------------------------------------------------------
+
+def time_linears(session: Session, keys: dict) -> dict:
+    """Width -> recipe -> the figures of a Linear, as the suite matmul has them, beside the one in the run's dtype."""
+    sizes = ((32,), 32) if session.small else (keys['widths'], keys['tokens'])
+    call = (f'print_linears({f"{session.device}"!r}, {session.dtype!r}, {session.compile}, {keys["recipes"]!r}, '
+            f'*{sizes!r})')
+    session.commands.append(call)
+    return {'dtype': session.dtype, 'tokens': sizes[1], 'widths': session.child('gpu_measurements', call)}
+
+
+def print_linears(device_name: str, dtype: str, compile: bool, names: tuple[str, ...], widths: tuple[int, ...],
+                  tokens: int) -> None:
+    """Print, as JSON: width -> dtype or recipe -> its figures, with `speed`, how many times as fast as dtype it is."""
+    device = devices.find_device(device_name)
+    devices.prepare_device(device)
+    found = {}
+    for width in widths:
+        linear = functools.partial(matmul.measure_linear, matmul.Problem(width, tokens), device, compile, dtype)
+        base = linear()
+        rows = {name: _or_failed(lambda linear=linear, name=name: linear(name)) for name in names}
+        found[width] = {dtype: base, **{name: row | ({'speed': base['ms'] / row['ms']} if 'ms' in row else {})
+                                        for name, row in rows.items()}}
+    print(json.dumps(found))
 
 
 # ---- other suites ----------------------------------------------------------------------------------------------------

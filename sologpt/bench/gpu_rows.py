@@ -1,4 +1,30 @@
-"""The rows of the gpu suite, the most important first: what does not fit in the time is left to the next call."""
+"""
+The rows of the gpu suite, the most important first: what does not fit in the time is left to the next call.
+
+The first rows decide, and one call of 9 minutes has them all. Their seconds are planned for a large GPU (an H100, or
+what is like it) on a machine that has compiled nothing yet. They are planned, not measured:
+
+    540 = 9 minutes, the default of --minutes
+    -25   LAST: the card again, the picture, the tables
+    -20   FIRST: the card; the first import of torch on a new machine
+    495 are left
+
+     60   a step of nanoGPT's        START 12, COMPILED 40, 20 steps of 65,536 tokens 3, the rest leaving
+     60   the same step here         the same, and an evaluation of one batch
+     60   12 GB                      another micro-batch has other kernels: compiled again
+    115   the race, nanoGPT          START 12, CACHED 15 (its step is known from the first row), EVALUATED 15,
+                                     240 steps 35, data 10, two checkpoints 8, its loss evaluated here 20
+     75   the race, here             START 12, COMPILED 40, EVALUATED 10, 48 steps 7, two checkpoints 6
+     25   sampling, nanoGPT          START 12, 1000 tokens 10
+     45   sampling, here             START 12, 1000 tokens 6, compiled 25, 1000 tokens 2: both in one process
+     50   fp8 and int8               START 12, six Linears compiled at 6 each
+    490
+
+Rows share one folder of compiled kernels. What made these rows fit: the race is 240 steps long instead of 460, and is
+evaluated twice on either side; its data has as many ids as GPT-2, so that its step is the one that has been compiled
+before; a text is warmed up by 20 tokens instead of a whole text; only the recipes that hardware multiplies, without
+float32, at two widths.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +37,7 @@ from sologpt.bench.gpu_measurements import (
     run_suite,
     sample,
     sample_peer,
+    time_linears,
     train,
     train_by_number,
     train_peer,
@@ -25,7 +52,9 @@ SHAKESPEARE = STEP | CHARS | dict(n_layer=6, n_head=6, n_embd=384, block_size=25
 TINY_MODELS = {'4 x 128, T=64': SMALLEST, '6 x 384, T=256': SHAKESPEARE}
 MODERN = dict(arch='modern', n_head=6, optimizer='muon', muon_lr=0.0)
 PEAK = dict(gradient_accumulation_steps=1, max_iters=4)  # where memory alone is asked for
+TWELVE = STEP | PEAK | dict(memory_limit=12.0)
 COLD, WARM = 60, 35  # seconds to plan with for a run that compiles, and for one that finds its kernels in the cache
+FIRST, LAST = 20, 25  # seconds that are left for reading the card at first, and for the card and the pictures at last
 
 
 class Row(NamedTuple):
@@ -38,29 +67,36 @@ class Row(NamedTuple):
 
 def list_rows() -> list[Row]:
     """All rows."""
-    twelve = STEP | PEAK | dict(memory_limit=12.0)
     return [
-        Row('training_step', 'nanoGPT, round 1', COLD, train_peer, STEP),
-        Row('training_step', 'here, round 1', COLD, train, STEP),
-        Row('memory', '12 GB, micro-batch 24', COLD, train, twelve | dict(batch_size=24)),
-        Row('sampling', 'nanoGPT', 35, sample_peer, {}),
-        Row('sampling', 'here, compiled', 60, sample, dict(compile=True)),
-        Row('race', 'nanoGPT', 150, race_peer, STEP),
-        Row('race', 'here, 20 % of the tokens', 70, race_here, dict(share=0.2)),
+        *deciding_rows(),
         Row('training_step', 'nanoGPT, round 2', WARM, train_peer, STEP),
         Row('training_step', 'here, round 2', WARM, train, STEP),
         Row('memory', 'foreseen', 30, foreseen, STEP),
-        Row('memory', '12 GB, micro-batch 32', COLD, train, twelve | dict(batch_size=32)),
-        Row('training_step', 'modern, Muon', COLD, train, STEP | MODERN),
-        Row('sampling', 'here', 30, sample, dict(compile=False)),
+        Row('memory', '12 GB, micro-batch 32', COLD, train, TWELVE | dict(batch_size=32)),
+        Row('training_step', 'modern, Muon', WARM, train, STEP | MODERN),
         *_step_rows(), *_memory_rows(),
-        Row('race', 'here, 12 % of the tokens', COLD, race_here, dict(share=0.12)),
+        Row('race', 'here, 12 % of the tokens', WARM, race_here, dict(share=0.12)),
         Row('race', 'here, 35 % of the tokens', COLD, race_here, dict(share=0.35)),
         *_matmul_rows(),
         Row('adapters', 'serving', 60, run_adapters, dict(recipes='')),
         Row('adapters', 'a step, eager', 150, run_adapters, dict(recipes='lora,qlora')),
         *_launch_bound_rows(),
         *_other_rows(),
+    ]
+
+
+def deciding_rows() -> list[Row]:
+    """The rows that decide, which one call measures on a large GPU."""
+    return [
+        Row('training_step', 'nanoGPT, round 1', COLD, train_peer, STEP),
+        Row('training_step', 'here, round 1', COLD, train, STEP),
+        Row('memory', '12 GB, micro-batch 24', COLD, train, TWELVE | dict(batch_size=24)),
+        Row('race', 'nanoGPT', 115, race_peer, STEP),
+        Row('race', 'here, 20 % of the tokens', 75, race_here, dict(share=0.2)),
+        Row('sampling', 'nanoGPT', 25, sample_peer, {}),
+        Row('sampling', 'here', 45, sample, {}),
+        Row('linears', 'fp8 and int8', 50, time_linears, dict(widths=(2048, 4096), tokens=8192,
+                                                             recipes=('fp8', 'int8'))),
     ]
 
 

@@ -28,7 +28,9 @@ STEP = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, g
             max_iters=20, dataset='tokens')
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, max_iters=3)  # what --small changes, and micro-batches / 8
 CACHES = ('TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR')
-CODE_TOKENS = 40_000_000  # of the text of a race
+CODE_TOKENS = 20_000_000  # of the text of a race
+TABLE = 50304  # rows of GPT-2's table, padded
+LARGE = 14e9  # bytes of a GPU in which nanoGPT's step fits in micro-batches of 16
 
 
 class Session:
@@ -47,14 +49,17 @@ class Session:
         self.folder, self.figures, self.commands = folder, figures, []
         self.dtype = 'float32' if device.type == 'cpu' else choices.find_dtype('auto', device)[0]
         self.compile = device.type == 'cuda'
+        self.halved = device.type == 'cuda' and torch.cuda.get_device_properties(device).total_memory < LARGE
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
     def sized(self, keys: dict) -> dict:
-        """The keys as they are, or at a tiny size."""
+        """The keys as they are, or at a tiny size. On a GPU with less than LARGE bytes, a step has more pieces."""
         if not self.small:
-            return dict(keys)
+            halved = self.halved and keys.get('batch_size') == STEP['batch_size']
+            return keys | ({'batch_size': keys['batch_size'] // 2, 'gradient_accumulation_steps': 2 * keys[
+                'gradient_accumulation_steps']} if halved else {})
         return keys | {key: SMALL[key] for key in SMALL if key in keys} | (
             {'batch_size': max(1, keys['batch_size'] // 8)} if 'batch_size' in keys else {})
 
@@ -97,7 +102,7 @@ class Session:
             os.makedirs(folder)
             os.makedirs(self.path('base-ids'))
             size = self.sized({key: STEP[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size')})
-            model = GPT(GPTConfig(**size, vocab_size=50304))
+            model = GPT(GPTConfig(**size, vocab_size=TABLE))
             _write_meta(self.path('base-ids'), model.config.vocab_size)
             save_checkpoint(folder, {'model': model.state_dict(), 'model_args': model.config.to_save(), 'iter_num': 0,
                                      'config': {'dataset': self.path('base-ids')}}, best=False)
@@ -153,10 +158,15 @@ def _write_meta(folder, n):
 
 
 def prepare_code(folder: str, tokens: int) -> None:
-    """Write the source of the installed packages in bytes, in one file of each split, as nanoGPT reads it."""
+    """
+    Write the source of the installed packages in bytes, in one file of each split, as nanoGPT reads it. Both trainers
+    are told that there are as many ids as GPT-2 has: so the race is by the model whose step is measured, and compiled.
+    """
     prepare_corpus(folder, Source(installed_code(), name='installed packages'), Bytes(), SomeDocuments(0.05),
                    Options(tokens, shard_tokens=2 * tokens))
     for split in ('train', 'val'):
         path, = token_files_in_progress(folder, split)
         os.replace(path, os.path.join(folder, f'{split}.bin'))
+    os.remove(os.path.join(folder, 'meta.json'))
+    _write_meta(folder, TABLE)
     print(tokens)

@@ -112,7 +112,7 @@ def _measure_width(rows, chosen, device, dtype, compile, width, tokens):
     """Add to each row what is found at this width, and print it."""
     print(f'\nwidth {width:,}, {tokens:,} tokens\n{"":14} {"fwd ms":>9} {"fwd + bwd":>9} {"/ bf16":>7} {"/ fp32":>7} '
           f'{"error y":>8} {"dx":>8} {"dw":>8} {"B/token":>8} {"/ bf16":>6}  by')
-    linear = functools.partial(_measure_linear, Problem(width, tokens), device, compile)
+    linear = functools.partial(measure_linear, Problem(width, tokens), device, compile)
     baselines = {name: linear(**chosen[name]) for name in BASELINES}
     for name, keys in chosen.items():
         if rows[name] and _takes_too_long(rows[name][-1]):
@@ -129,7 +129,7 @@ def _takes_too_long(row):
     return 'skipped' in row or 'emulated' in row['path'] and row['ms'] > TOO_LONG
 
 
-def _measure_linear(problem, device, compile, dtype, matmul=''):
+def measure_linear(problem: Problem, device: torch.device, compile: bool, dtype: str, matmul: str = '') -> dict:
     """The figures of one Linear in dtype, a name. It follows `matmul`, the text of a MatmulSpec, if there is one."""
     tokens, width = problem.x.shape
     layer = nn.Linear(width, width, bias=False, device=device)
