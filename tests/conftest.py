@@ -101,6 +101,18 @@ def project(tmp_path, monkeypatch):
     return Project(tmp_path)
 
 
+@pytest.fixture
+def run_bench(project, monkeypatch):
+    """bench.py in this process, its scripts too; returns (the figures, what it printed)."""
+    from sologpt.bench import process
+    monkeypatch.setattr(process, 'run_own', lambda script, args: project._in_process(script, args)[1])
+
+    def run(*argv):
+        _, out = project._in_process('bench.py', [*argv, '--dest=figures.json'])
+        return json.loads((project.folder / 'figures.json').read_text()), out
+    return run
+
+
 @pytest.fixture(scope='module')
 def hf(tmp_path_factory):
     """A folder with a GPT-2 in Hugging Face's format, all of whose weights are random."""

@@ -1,13 +1,10 @@
 import base64
 import contextlib
-import importlib
 import io
-import json
 import os
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,11 +21,6 @@ from sologpt.bench import (
     data,
     export,
     formats,
-    gpu,
-    gpu_card,
-    gpu_measurements,
-    gpu_rows,
-    gpu_session,
     plan,
     process,
     sweep,
@@ -48,7 +40,7 @@ from sologpt.bench.rows import (
 from sologpt.machine import clock
 from sologpt.matmuls import recipes
 from sologpt.matmuls.spec import parse_matmul
-from sologpt.tokens import data_folder, readers, tokenizer
+from sologpt.tokens import readers, tokenizer
 from sologpt.training import runs
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
@@ -69,17 +61,6 @@ for i in range(50):
         print(f'step {i}: train loss 9.0, val loss {9.0 if i == 0 else TARGET:.4f}')
     print(f'iter {i}: loss 2.0, time {ms[0] * (5 if i in (0, 40) else 1):.2f}ms, mfu 1.00%')
 '''
-
-
-@pytest.fixture
-def run_bench(project, monkeypatch):
-    """bench.py in this process, its scripts too; returns (the figures, what it printed)."""
-    monkeypatch.setattr(process, 'run_own', lambda script, args: project._in_process(script, args)[1])
-
-    def run(*argv):
-        _, out = project._in_process('bench.py', [*argv, '--dest=figures.json'])
-        return json.loads((project.folder / 'figures.json').read_text()), out
-    return run
 
 
 def test_race_to_the_loss_that_nanogpt_prints(project, run_bench):
@@ -473,176 +454,6 @@ def test_data(run_bench, monkeypatch, tmp_path):
     assert 'encode_ordinary_batch alone' in out and 'document_mask: 2 x 16 tokens by math attention' in out
     with pytest.raises(InputError, match='trains nothing'):
         run_bench('--suite=data', '--n_layer=1')
-
-
-# nanoGPT as the battery sees it: config files that are run, lines of training, a generate() that is called twice
-PEER_TRAIN = '''
-import os, sys
-device = 'cpu'
-keys = dict(arg[2:].split('=') for arg in sys.argv[1:] if arg.startswith('--'))
-torch = __import__('types').SimpleNamespace(manual_seed=lambda seed: None)
-for arg in sys.argv[1:]:
-    if not arg.startswith('--'):
-        print(open(arg).read())
-        exec(open(arg).read())
-tokens = int(keys['gradient_accumulation_steps']) * int(keys['batch_size']) * int(keys['block_size'])
-assert os.path.exists(keys['dataset'] + '/train.bin') and keys['compile'] == 'False'
-print(f'tokens per iteration will be: {tokens:,}')
-for i in range(int(keys['max_iters']) + 1):
-    if i % int(keys['eval_interval']) == 0:
-        loss = 'nan' if keys['eval_iters'] == '0' else f'{5.5 - i / 100:.4f}'
-        print(f'step {i}: train loss {loss}, val loss {loss}')
-    print(f'iter {i}: loss 2.0, time {400 if i else 9000:.2f}ms, mfu 1.00%')
-'''
-PEER_SAMPLE = '''
-import sys, time
-class GPT:
-    drawn = 0
-    def generate(self, idx, n, temperature):
-        GPT.drawn += 1
-        time.sleep(0.02 * GPT.drawn)
-        return self
-    def tolist(self):
-        return []
-keys = dict(arg[2:].split('=') for arg in sys.argv[1:] if arg.startswith('--'))
-exec(open(sys.argv[1]).read())
-for _ in range(int(keys['num_samples'])):
-    GPT().generate(None, int(keys['max_new_tokens']), temperature=1.0)
-    print('text')
-'''
-GPU = ['--suite=gpu', '--peer=peer', '--small=True', '--device=cpu']
-
-
-@pytest.fixture
-def run_gpu(project, run_bench, monkeypatch):
-    """The battery with some rows, all in this process but for a peer; returns (the figures, what it printed)."""
-    (project.folder / 'peer').mkdir()
-    (project.folder / 'peer' / 'train.py').write_text(PEER_TRAIN)
-    (project.folder / 'peer' / 'sample.py').write_text(PEER_SAMPLE)
-
-    def child(session, module, call):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            eval(call, vars(importlib.import_module(f'sologpt.bench.{module}')).copy())
-        return json.loads(out.getvalue().splitlines()[-1])
-    monkeypatch.setattr(gpu_session.Session, 'child', child)
-    every = {(row.part, row.name): row for row in gpu_rows.list_rows()}
-
-    def run(names, *argv):
-        rows = [name if isinstance(name, gpu.Row) else every[name] for name in names]
-        monkeypatch.setattr(gpu, 'list_rows', lambda: rows)
-        measured, out = run_bench(*GPU, *argv)
-        return measured['figures'], out
-    return run
-
-
-def test_gpu_beside_nanogpt(project, run_gpu):
-    refused = gpu.Row('memory', 'refused', 1, gpu_measurements.train, gpu_session.STEP | {'n_layers': 3})
-    figures, out = run_gpu([refused, *(('training_step', f'{who}, round {n}') for n in (1, 2)
-                                       for who in ('nanoGPT', 'here')),
-                            ('memory', 'LoRA'), ('race', 'nanoGPT'), ('race', 'here, 35 % of the tokens'),
-                            ('sampling', 'nanoGPT'), ('sampling', 'here'), ('more', 'wait for a batch')])
-    assert figures['small'] and figures['summary']['small'] and [card['when'] for card in figures['device']] == [
-        'before', 'after']
-    assert all(card['matmul_tflops'] > 0 and card['copy_gb_per_s'] > 0 for card in figures['device'])
-    assert "did you mean 'n_layer'" in figures['memory']['refused']['failed'] and 'refused: ' in out
-
-    steps, found = figures['training_step'], figures['summary']
-    there, here = ([steps[f'{who}, round {n}'] for n in (1, 2)] for who in ('nanoGPT', 'here'))
-    for row in there:  # 2 x 4 sequences of 32 tokens
-        assert row['ms_per_step'] == 400 and row['tokens_per_s'] == 256 / 0.4 and 0 < row['memory_gb'] < 2
-    assert found['speed_ratio'] == pytest.approx(sum(400 / row['ms_per_step'] for row in here) / 2)
-    mfu = found['mfu']
-    assert mfu['here'] / mfu['nanoGPT'] == pytest.approx(found['tokens_per_s']['here'] / 640)
-    assert mfu['nanoGPT'] == pytest.approx(640 * here[0]['flops_per_token'] / here[0]['peak_flops'])
-    command, = here[0]['commands']
-    assert command.startswith('here: python train.py --device=cpu') and '/tmp' not in command
-    assert figures['memory']['LoRA']['parameters'] > here[0]['parameters']
-
-    target, race = figures['race']['nanoGPT'], figures['race']['here, 35 % of the tokens']
-    assert target['target_val_loss'] == 5.3 and target['target_is'].startswith('as the peer printed it')
-    assert target['peer'] == {'iterations': 20, 'tokens': 5120, 'seconds': 8.0, 'val_loss_printed': 5.3}
-    assert race['here']['val_loss'] <= 5.3 and race['here']['tokens'] == 256 * race['here']['iterations'] <= 7 * 256
-    assert found['race']['fewer']['tokens'] == 5120 / race['here']['tokens']
-    sampling = figures['sampling']
-    assert sampling['nanoGPT']['tokens'] == sampling['here']['tokens'] == 20
-    assert 100 < sampling['nanoGPT']['tokens_per_s'] < 20 / 0.04  # the second text's; the first took half as long
-    assert figures['more']['wait for a batch']['waited_ms'] > 0
-    assert (project.folder / 'figures.png').exists()
-
-
-def test_gpu_goes_on_where_it_was(project, run_gpu, monkeypatch):
-    monkeypatch.setattr(gpu, 'read_card', lambda session, keys: {'name': 'a card'})
-    calls = []
-
-    def run(name, fails=None):
-        def row(session, keys):
-            calls.append(name)
-            if fails:
-                raise fails
-            return {'value': len(calls)}
-        return gpu.Row('more', name, 100, row, {})
-    full = run('full', InputError('out of GPU memory with batch_size=4: take less\n  in: train.py'))
-    figures, out = run_gpu([run('a'), run('b', KeyError('something'))])
-    assert figures['more']['a']['value'] == 1 and figures['more']['b']['failed'] == "KeyError: 'something'"
-    figures, out = run_gpu([run('a'), run('b'), full])
-    assert calls == ['a', 'b', 'b', 'full'] and figures['more']['a']['value'] == 1 and len(figures['device']) == 4
-    assert 'failed' not in figures['more']['b'] and 'not measured' not in out
-    assert figures['more']['full']['failed'] == 'out of GPU memory with batch_size=4: take less'
-    # less time than is kept for the end; that the memory did not suffice need not be found again
-    figures, out = run_gpu([run('a'), full, run('d')], '--minutes=0.3')
-    assert calls == ['a', 'b', 'b', 'full'] and 'not measured' in out and '  more: d' in out and 'more: a' not in out
-    with pytest.raises(InputError, match="no part 'moer': use more"):
-        run_gpu([run('a')], '--recipes=moer')
-    with pytest.raises(InputError, match="measured with dataset=None, not 'tiny'"):
-        run_gpu([run('a')], '--dataset=tiny')
-    (project.folder / 'figures.json').write_text('{"figures": []}')
-    with pytest.raises(InputError, match='no file of this suite'):
-        run_gpu([run('a')])
-    figures, _ = run_gpu([run('a')], '--dataset=tiny', '--restart=True')
-    assert calls[-1] == 'a' and len(figures['device']) == 2
-
-    def interrupted(session, keys):
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        run_gpu([run('e'), gpu.Row('more', 'f', 1, interrupted, {})], '--dataset=tiny')
-    figures = json.loads((project.folder / 'figures.json').read_text())['figures']
-    assert 'value' in figures['more']['e'] and 'f' not in figures['more']
-
-
-def test_the_gpus_rows_have_keys_that_train_has():
-    rows = gpu_rows.list_rows()
-    assert len({(row.part, row.name) for row in rows}) == len(rows)
-    own = [row for row in rows if row.measure in (gpu_measurements.train, gpu_measurements.train_by_number)]
-    for row in own:
-        resolve(f'{ROOT}/train.py', options(row.keys))
-
-
-def test_the_gpus_text_is_in_files_that_nanogpt_reads(tmp_path, monkeypatch):
-    (tmp_path / 'packages').mkdir()
-    for i in range(50):
-        (tmp_path / 'packages' / f'{i}.py').write_text(f'{i:03d}\n' * 100)
-    packages = [str(p) for p in sorted((tmp_path / 'packages').iterdir())]
-    monkeypatch.setattr(gpu_session, 'installed_code', lambda: packages)
-    for tokens in (5000, 10 ** 6):  # some of them, and all
-        folder = tmp_path / str(tokens)
-        gpu_session.prepare_code(str(folder), tokens)
-        sizes = [(folder / f'{split}.bin').stat().st_size // 2 for split in ('train', 'val')]
-        assert sizes[0] == 5000 if tokens == 5000 else 45 * 400 < sum(sizes) <= 50 * 401
-        assert data_folder.token_files(str(folder), 'train') == [str(folder / 'train.bin')]
-
-
-def test_what_nvidia_smi_says(tmp_path, monkeypatch):
-    smi = tmp_path / 'nvidia-smi'
-    smi.write_text('#!/bin/sh\necho "GPU-11, 580.1, 345, 1980, 3201, 75.10, 700.00, 31"\n'
-                   'echo "GPU-12, 580.1, 1980, 1980, 3201, 690.10, 700.00, 61"\n')
-    smi.chmod(0o755)
-    monkeypatch.setenv('PATH', f'{tmp_path}', prepend=':')
-    found = gpu_card.read_nvidia_smi(SimpleNamespace(uuid='12'))
-    assert found['clocks.sm'] == '1980' and found['temperature.gpu'] == '61' and 'uuid' not in found
-    assert gpu_card.read_nvidia_smi(SimpleNamespace(uuid='13')) == {}
-    smi.unlink()
-    monkeypatch.setenv('PATH', f'{tmp_path}')
-    assert gpu_card.read_nvidia_smi(SimpleNamespace(uuid='12')) == {}
 
 
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no process groups')

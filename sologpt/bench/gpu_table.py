@@ -29,8 +29,8 @@ def _heading(measured):
                      if card.get(key)]
     if driver := card.get('idle', {}).get('driver_version'):
         versions.append(f'driver {driver}')
-    lines = [f'GPT-2 124M on {figures["settings"]["device"]}, beside nanoGPT. {", ".join(versions)}; {_dates(measured)}. '
-             f'Command: `{measured["command"]}`.']
+    lines = [f'GPT-2 124M on {figures["settings"]["device"]}, beside nanoGPT. {", ".join(versions)}; '
+             f'{_dates(measured)}. Command: `{measured["command"]}`.']
     if figures['small']:
         lines.insert(0, '**A try at a tiny size: these are no measurements.**\n')
     speeds = [f'{card["when"]}: a matmul {card["matmul_tflops"]:,.1f} TFLOP/s, a copy {card["copy_gb_per_s"]:,.0f} GB/s'
@@ -126,8 +126,9 @@ def _race_lines(figures):
     rows = figures.get('race', {})
     target = rows.get('nanoGPT')
     reached = 'peer' in (target or {})
-    what = (f'seconds to the loss of {target["steps"]} steps of nanoGPT, {target["target_val_loss"]:.4f}' if reached else
-            "seconds to nanoGPT's loss")
+    what = "seconds to nanoGPT's loss"
+    if reached:
+        what += f', {target["target_val_loss"]:.4f} after {target["steps"]} steps'
     lines = []
     for name in dict.fromkeys(['here, 20 % of the tokens', *(name for name in rows if name != 'nanoGPT')]):
         row, share = rows.get(name), name.removeprefix('here, ')
@@ -166,8 +167,8 @@ def _linear_lines(figures):
         for name, linear in found.items():
             if name != row['dtype']:
                 here = _cell(linear, 'ms', '{:.3f}') + (f'; {base:.3f} in {row["dtype"]}' if 'ms' in linear else '')
-                lines.append(_line(f'ms of a Linear {int(width):,} wide, {row["tokens"]:,} tokens, forward and backward, '
-                                   f'`{name}`', '', here, _times(linear['speed']) if 'speed' in linear else ''))
+                what = f'ms of a Linear {int(width):,} wide, {row["tokens"]:,} tokens, forward and backward, `{name}`'
+                lines.append(_line(what, '', here, _times(linear['speed']) if 'speed' in linear else ''))
     return lines
 
 
