@@ -338,6 +338,8 @@ if name == 'broken' else print('Fatal: no more', file=sys.stderr, flush=True)
             sys.exit(3) if name == 'broken' else os.kill(os.getpid(), signal.SIGKILL)
         if name == 'hangs':
             time.sleep(600)
+        if name == 'leaves':
+            os._exit(0)
         print('noise\\n@row ' + json.dumps({'result': 'OK', 'seconds': os.getpid()}), flush=True)
 '''
 
@@ -348,12 +350,13 @@ def test_a_row_that_ends_its_process_costs_that_row(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     monkeypatch.setattr(gpu_quick, 'CALL', 'import fake_rows; fake_rows.run_rows')
     monkeypatch.setattr(gpu_quick, 'LIMIT', 2)
-    names = ['a', 'dies', 'b', 'broken', 'c', 'hangs', 'd']
+    names = ['a', 'dies', 'b', 'broken', 'c', 'hangs', 'd', 'leaves']
     rows = [gpu_quick_rows.Row(name, 'eager', None) for name in names]
     found = dict(gpu_quick._outcomes('cpu', str(tmp_path), rows, 1e12))
     assert [name for name in names if found[name]['result'] == 'OK'] == ['a', 'b', 'c', 'd']
     assert found['dies']['reason'] == 'its process ended with SIGKILL: Fatal: no more'
     assert found['broken']['reason'] == 'x' and found['hangs']['reason'].startswith('not done after 2 s')
+    assert found['leaves']['reason'].startswith('its process ended with status 0')
     assert len({found[name]['seconds'] for name in 'abcd'}) == 4  # in a process of its own each
     (tmp_path / 'later').mkdir()
     found = dict(gpu_quick._outcomes('cpu', str(tmp_path / 'later'), rows, 0.0))

@@ -121,7 +121,7 @@ def _run_lane(device, folder, names, end, coming, children):
             child = subprocess.Popen([sys.executable, '-c', call], cwd=process.ROOT, stdout=out, stderr=err,
                                      start_new_session=True)
         children.append(child)
-        reason = _read_rows(child, said, left, coming)
+        reason = _read_rows(child, said, left, end, coming)
         _kill(child)
         if reason and left:
             with open(errors, encoding='utf-8', errors='replace') as f:
@@ -131,7 +131,7 @@ def _run_lane(device, folder, names, end, coming, children):
         coming.put((name, {'result': 'skipped', 'reason': 'no time was left', 'seconds': 0.0}))
 
 
-def _read_rows(child, said, left, coming):
+def _read_rows(child, said, left, end, coming):
     """
     Take what a child says of its rows out of `left` and put it into `coming`, until the child has ended. Returns why it
     ended within a row or before its first; None if it ended as it should.
@@ -149,7 +149,7 @@ def _read_rows(child, said, left, coming):
             if time.monotonic() - last > LIMIT:
                 return f'not done after {LIMIT} s'
             time.sleep(0.05)
-    if status in (0, BROKEN):
+    if status == BROKEN or not left or time.time() > end:
         return None
     return f'its process ended with {signal.Signals(-status).name if status < 0 else f"status {status}"}'
 

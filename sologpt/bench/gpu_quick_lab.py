@@ -135,11 +135,15 @@ class Lab:
         self._n += 1
         return os.path.join(self.folder, f'out-{os.getpid()}-{self._n}')
 
-    def train(self, keys: dict, out_dir: str | None = None) -> list[float]:
-        """The losses of train.py's steps on the tiny model. A key that is None is left out."""
+    def train(self, keys: dict, out_dir: str | None = None, run: Callable | None = None) -> list[float]:
+        """
+        The losses of train.py's steps on the tiny model. A key that is None is left out. run: (script, keys), what runs
+        it; None: run().
+        """
         out_dir = out_dir or self.new_folder()
         given = TINY | {'device': f'{self.device}', 'dtype': self.dtype, 'dataset': self.tokens} | keys
-        self.run('train.py', {key: value for key, value in given.items() if value is not None} | {'out_dir': out_dir})
+        given = {key: value for key, value in given.items() if value is not None} | {'out_dir': out_dir}
+        (run or self.run)('train.py', given)
         return [step['loss'] for step in read_run(out_dir, '').steps]
 
     def train_on_cpu(self, keys: dict) -> list[float]:

@@ -16,6 +16,7 @@ import torch.nn as nn
 
 from configurator import InputError
 from sologpt.adapters.methods import METHODS
+from sologpt.bench import process
 from sologpt.bench.gpu_quick_lab import TOLERANCE, Lab, Losses, Refused, Tensors, Text, own_logits
 from sologpt.machine import choices, devices
 from sologpt.matmuls import recipes
@@ -198,18 +199,20 @@ def _needs_nccl(lab):
 
 
 def _as_torchrun(lab, keys):
-    """compare() as the only process of torchrun."""
-    reference = lab.train_on_cpu({})
+    """Losses of train.py as the only process of torchrun, which ends with its run."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
     own = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR='localhost', MASTER_PORT=port)
-    os.environ |= {name: str(value) for name, value in own.items()}
-    try:
-        return Losses(lab.train(keys), reference, TOLERANCE[lab.dtype])
-    finally:
-        for name in own:
-            del os.environ[name]
+
+    def run(script, keys):
+        os.environ |= {name: str(value) for name, value in own.items()}
+        try:
+            process.run_own(script, process.flags(keys))
+        finally:
+            for name in own:
+                del os.environ[name]
+    return Losses(lab.train(keys, run=run), lab.train_on_cpu({}), TOLERANCE[lab.dtype])
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
