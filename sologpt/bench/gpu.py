@@ -2,7 +2,7 @@
 A GPU beside nanoGPT on the same one, in one go: what it is, a training step, memory, a race to a loss, sampling, the
 recipes for matmuls, adapters, and the rest. `python bench.py --suite=gpu --peer=../nanoGPT` takes at most --minutes;
 called again it goes on with the rows that are missing or have failed. --small=True tries it all at a tiny size, on a
-CPU too; its figures say nothing about a machine.
+CPU too; its figures say nothing about a machine. bench.py also writes the figures as a table (gpu_table.py).
 
 Nothing of the machine is set. The card is read before and after, so that a clock that fell shows.
 """

@@ -2,28 +2,29 @@
 The rows of the gpu suite, the most important first: what does not fit in the time is left to the next call.
 
 The first rows decide, and one call of 9 minutes has them all. Their seconds are planned for a large GPU (an H100, or
-what is like it) on a machine that has compiled nothing yet. They are planned, not measured:
+a card like it) on a machine that has compiled nothing yet. They are planned, not measured:
 
     540 = 9 minutes, the default of --minutes
     -25   LAST: the card again, the picture, the tables
     -20   FIRST: the card; the first import of torch on a new machine
     495 are left
 
-     60   a step of nanoGPT's        START 12, COMPILED 40, 20 steps of 65,536 tokens 3, the rest leaving
+     60   a step of nanoGPT's        START 12, COMPILED 40, 20 steps of 65,536 tokens 3, the data, its end 5
      60   the same step here         the same, and an evaluation of one batch
      60   12 GB                      another micro-batch has other kernels: compiled again
     115   the race, nanoGPT          START 12, CACHED 15 (its step is known from the first row), EVALUATED 15,
                                      240 steps 35, data 10, two checkpoints 8, its loss evaluated here 20
      75   the race, here             START 12, COMPILED 40, EVALUATED 10, 48 steps 7, two checkpoints 6
-     25   sampling, nanoGPT          START 12, 1000 tokens 10
+     25   sampling, nanoGPT          START 12, the model written 3, 1000 tokens 10
      45   sampling, here             START 12, 1000 tokens 6, compiled 25, 1000 tokens 2: both in one process
      50   fp8 and int8               START 12, six Linears compiled at 6 each
     490
 
-Rows share one folder of compiled kernels. What made these rows fit: the race is 240 steps long instead of 460, and is
-evaluated twice on either side; its data has as many ids as GPT-2, so that its step is the one that has been compiled
-before; a text is warmed up by 20 tokens instead of a whole text; only the recipes that hardware multiplies, without
-float32, at two widths.
+START is starting Python and importing torch, COMPILED is compiling a model of 124M, CACHED is compiling it where its
+kernels lie in the folder that all rows share, EVALUATED is compiling it for evaluations. Long parts are kept short:
+the race has few steps, and two evaluations on either side. Its data has as many ids as GPT-2, so that nanoGPT's step in
+it is one that has been compiled before. Sampling is warmed up by a few tokens. The Linears follow only recipes that
+hardware multiplies.
 """
 
 from collections.abc import Callable
