@@ -5,7 +5,7 @@ for it, and hands out its memory. No kernel is executed. Every value that a kern
     dry = run_script(find_card('RTX 4070'), '.', 'train.py', ['config/quickstart.py', '--device=cuda'])
     dry.training_steps()[2].micro_steps[1]  # the events of a micro-step
 
-docs/memory-and-gpus.md says what can be learned from it, and what cannot.
+docs/check-a-gpu.md says what can be learned from it, and what cannot.
 """
 
 import os
