@@ -112,6 +112,7 @@ def test_the_memory_forecast_is_that_of_the_allocator(tokens, tmp_path):
 
 
 def test_a_run_that_does_not_fit_ends_with_advice(tokens, tmp_path):
-    keys = TINY | dict(n_layer=12, n_embd=1024, block_size=1024, batch_size=64, dataset=tokens, out_dir=str(tmp_path))
+    keys = TINY | dict(n_layer=12, n_embd=1024, block_size=1024, batch_size=64, compile=False, dataset=tokens,
+                       out_dir=str(tmp_path))
     dry = run_script(find_card('RTX 3060'), process.ROOT, os.path.join(process.ROOT, 'train.py'), process.flags(keys))
     assert dry.returncode == 2 and dry.out_of_memory and '--batch_size=' in dry.stderr
