@@ -18,6 +18,8 @@ os.environ.setdefault('WANDB_MODE', 'offline')
 os.environ['HF_HUB_OFFLINE'] = '1'  # without a network the hub is asked again and again, for half a minute
 os.environ['OMP_NUM_THREADS'] = '1'  # the models are tiny: a second thread would only be waited for
 
+from configurator import InputError  # noqa: E402
+from sologpt.nullgpu.build import build_library  # noqa: E402
 from sologpt.tokens import tokenizer  # noqa: E402
 
 TINY = dict(dataset='tiny', n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, gradient_accumulation_steps=1,
@@ -126,3 +128,12 @@ def hf(tmp_path_factory):
             p.copy_(torch.randn(p.shape, generator=generator) * 0.4)
     model.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope='session')
+def null_gpu():
+    """Skips a test where the null GPU cannot be built."""
+    try:
+        build_library()
+    except InputError as error:
+        pytest.skip(str(error))

@@ -11,7 +11,7 @@ from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.held import hold_base
 from sologpt.matmuls.recipe_linear import convert
 from sologpt.matmuls.spec import MatmulSpec
-from sologpt.training import build, moments
+from sologpt.training import build, forecast, moments
 from sologpt.training.adamw import adamw as make_adamw
 from sologpt.training.forecast import Forecast, Usage
 from sologpt.training.liveness import nbytes
@@ -43,6 +43,15 @@ def test_a_step_takes_what_was_foreseen(kind, make_optimizer, checkpointed):
     for batch_size in (40, 100):
         assert foreseen.at(batch_size).peak == pytest.approx(
             measured_step(model, make_optimizer(model), batch_size, 64, 'bfloat16'), rel=0.1)
+
+
+@pytest.mark.parametrize('compile', [False, True])
+def test_many_sequences_are_foreseen_where_blocks_are_computed_again(compile):
+    """Few sequences need most memory in the loss, many in a block."""
+    model = built(checkpoint_activations=True)
+    foreseen = Forecast(model, adamw, 64, 'bfloat16', compile)
+    peaks = [forecast._step(model, adamw, size, 64, 'bfloat16', compile, False, True).peak for size in (32, 2048)]
+    assert [foreseen.at(size).peak for size in (32, 2048)] == pytest.approx(peaks, rel=0.01)
 
 
 def test_the_compiled_graphs_keep_what_they_keep():
@@ -124,7 +133,7 @@ class Known(Forecast):
     """10 bytes, and 4 for each sequence."""
 
     def __init__(self):
-        self._known = [Usage(size, 10, 0, 0, 4 * size, 10 + 4 * size, 10, 10) for size in (1, 2)]
+        self._known = [[Usage(size, 10, 0, 0, 4 * size, 10 + 4 * size, 10, 10) for size in (1, 2)]]
 
 
 def test_those_that_fit():

@@ -104,6 +104,7 @@ def attention_flops(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> int
 
 class CountOps(TorchDispatchMode):
     """Writes an Op after each operation that has asked something of the device."""
+    supports_higher_order_operators = True
 
     def __init__(self, log: Log):
         super().__init__()

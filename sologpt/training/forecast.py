@@ -51,7 +51,12 @@ class Usage:
 
 
 class Forecast:
-    """The Usage of a model's step. It is found for two sizes of micro-batch, and grows evenly with the size."""
+    """
+    The Usage of a model's step. It is found for two sizes of micro-batch, and grows evenly with the size.
+
+    If blocks are computed again, the peak of a small micro-batch is in the loss, and that of a large one in a block,
+    which grows faster. So it is found for two large ones too, and the greater value counts.
+    """
 
     def __init__(self, model: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], block_size: int,
                  dtype: str, compile: bool = False, offloaded: bool = False, gpu: bool = True):
@@ -62,18 +67,23 @@ class Forecast:
         """
         tokens = 2 * max(model.config.loss_chunk, 1024)  # memory grows evenly from two chunks of the loss on
         least = -(-tokens // block_size)
-        self._known = [_step(model, make_optimizer, size, block_size, dtype, compile, offloaded, gpu)
-                       for size in (least, 2 * least)]
+        sizes = [(least, 2 * least)] + [(16 * least, 32 * least)] * (model.config.checkpoint_activations is True)
+        self._known = [[_step(model, make_optimizer, size, block_size, dtype, compile, offloaded, gpu)
+                        for size in pair] for pair in sizes]
 
     def at(self, batch_size: int) -> Usage:
-        few, many = self._known
-        part = (batch_size - few.batch_size) / (many.batch_size - few.batch_size)
-        values = {name: round(value + part * (getattr(many, name) - value)) for name, value in vars(few).items()}
-        return Usage(**values)
+        found = [_extended(few, many, batch_size) for few, many in self._known]
+        return Usage(*(max(values) for values in zip(*(vars(usage).values() for usage in found), strict=True)))
 
     def fitting(self, limit: float, sizes: list[int]) -> list[int]:
         """Those of `sizes` whose step fits in `limit` bytes."""
         return [size for size in sizes if SLACK * self.at(size).peak <= limit]
+
+
+def _extended(few, many, batch_size):
+    """The Usage on the line through two others."""
+    part = (batch_size - few.batch_size) / (many.batch_size - few.batch_size)
+    return Usage(*(round(value + part * (getattr(many, name) - value)) for name, value in vars(few).items()))
 
 
 def _step(model, make_optimizer, batch_size, block_size, dtype, compile, offloaded, gpu):

@@ -9,7 +9,7 @@ from sologpt.nullgpu.cards import find_card
 from sologpt.nullgpu.events import Gemm, Op
 from sologpt.nullgpu.run import launches, run_script
 
-pytestmark = pytest.mark.cuda_dry
+pytestmark = [pytest.mark.cuda_dry, pytest.mark.usefixtures('null_gpu')]
 
 CAPTURE = '''
 import torch
