@@ -47,11 +47,12 @@ def test_a_step_takes_what_was_foreseen(kind, make_optimizer, checkpointed):
 
 @pytest.mark.parametrize('compile', [False, True])
 def test_many_sequences_are_foreseen_where_blocks_are_computed_again(compile):
-    """Few sequences need most memory in the loss, many in a block."""
-    model = built(checkpoint_activations=True)
+    """In the backward of few sequences the head's gradient takes most, in that of many a block."""
+    model = built(checkpoint_activations=True, vocab_size=30000, n_layer=4, n_embd=128, loss_chunk=1024)
     foreseen = Forecast(model, adamw, 64, 'bfloat16', compile)
-    peaks = [forecast._step(model, adamw, size, 64, 'bfloat16', compile, False, True).peak for size in (32, 2048)]
-    assert [foreseen.at(size).peak for size in (32, 2048)] == pytest.approx(peaks, rel=0.01)
+    for size in (32, 1024):
+        step = forecast._step(model, adamw, size, 64, 'bfloat16', compile, False, True)
+        assert foreseen.at(size).backward == pytest.approx(step.backward, rel=0.01)
 
 
 def test_the_compiled_graphs_keep_what_they_keep():
