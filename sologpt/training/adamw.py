@@ -106,6 +106,10 @@ def adamw_step(group: dict, state: dict, moments: tuple, compiled: 'CompiledAdam
                 p.copy_(to_bfloat16_stochastically(weight))
 
 
+# By default Inductor gives 8 rows of 256 to 32 threads, whose registers do not suffice. With this it tries several ways
+ROWS_OPTIONS = {'max_autotune_pointwise': True}
+
+
 class CompiledAdamW:
     """
     AdamW for one parameter at a time, as one kernel. It is compiled once for all sizes, rates and steps.
@@ -115,7 +119,7 @@ class CompiledAdamW:
 
     def __init__(self, first: Moments, second: Moments):
         self.first, self.second = first, second
-        self.update = torch.compile(update_rows, dynamic=True, fullgraph=True)
+        self.update = torch.compile(update_rows, dynamic=True, fullgraph=True, options=ROWS_OPTIONS)
 
     def __call__(self, p: torch.Tensor, group: dict, state: dict[str, torch.Tensor]) -> None:
         state['step'] += 1

@@ -9,7 +9,15 @@ import torch.nn as nn
 
 from sologpt.machine import sharding
 from sologpt.matmuls.elements import to_bfloat16_stochastically
-from sologpt.training.adamw import CompiledAdamW, adamw_step, can_fuse, device_of, finish_copies, helps_to_compile
+from sologpt.training.adamw import (
+    ROWS_OPTIONS,
+    CompiledAdamW,
+    adamw_step,
+    can_fuse,
+    device_of,
+    finish_copies,
+    helps_to_compile,
+)
 from sologpt.training.moments import BLOCK, MOMENTS, Moments, in_rows, out_of_rows
 
 # Polar Express (https://arxiv.org/abs/2505.16932): iteration i applies x -> a x + b x^3 + c x^5 with the i-th (a, b,
@@ -70,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         self.adamw, self.momentum, self.write = None, self._momentum, write_bfloat16
         if compile:
             self.adamw, self.momentum = CompiledAdamW(*self.moments), self._compiled_momentum
-            self.momentum_of_rows = torch.compile(momentum_of_rows, dynamic=True, fullgraph=True)
+            self.momentum_of_rows = torch.compile(momentum_of_rows, dynamic=True, fullgraph=True, options=ROWS_OPTIONS)
             self.write = torch.compile(write_bfloat16, dynamic=True, fullgraph=True)
 
     @torch.no_grad()
