@@ -19,6 +19,7 @@ import sys
 
 import torch
 from torch._inductor.runtime import triton_heuristics
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,6 +121,8 @@ class CountOps(TorchDispatchMode):
         out = func(*args, **kwargs)
         covers = self.log.written() - before
         if covers and not any(isinstance(t, FakeTensor) for t in tensors((args, kwargs, out))):
+            if isinstance(func, HigherOrderOperator):  # an operation with its random state, which is the first argument
+                func, *args = args
             flops = attention_flops(func, args, kwargs)
             kind, dtype = ('aten', '') if flops is None else ('attention', str(tensors(args)[0].dtype).split('.')[1])
             self.log.write('op', kind=kind, name=str(func), bytes=op_bytes(func, args, kwargs, out), flops=flops or 0,

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
+import torch
+
 from sologpt.nullgpu.build import build_library, cache_folder
 from sologpt.nullgpu.cards import Card
 from sologpt.nullgpu.events import Event, Gemm, Launch, Malloc, Mark, Memcpy, Refusal, Sync, parse_events, replay_graphs
@@ -95,6 +97,13 @@ def waits(events: list[Event]) -> list[Event]:
     return [event for event in events if isinstance(event, Sync) or isinstance(event, Memcpy) and event.waits]
 
 
+def _binary(card):
+    """The compute capability of the kernels in torch's libraries that the card runs: of its own, or the next below."""
+    names = torch._C._cuda_getArchFlags().split()  # such as sm_80
+    compiled_for = [int(name.removeprefix('sm_')) for name in names if name[-1].isdigit()]
+    return max((arch for arch in compiled_for if arch <= card.capability), default=card.capability)
+
+
 def run_script(card: Card, folder: str, script: str, args: list[str], seconds: float | None = None) -> DryRun:
     """
     Run `python script args` in `folder` with `card` as its GPU, and return what happened, also if the script failed.
@@ -106,7 +115,8 @@ def run_script(card: Card, folder: str, script: str, args: list[str], seconds: f
     with tempfile.TemporaryDirectory() as temporary:
         log = os.path.join(temporary, 'log')
         environment = os.environ | card.environment() | {
-            'NULLGPU_LOG': log, 'LD_PRELOAD': os.path.join(library, 'libcuda.so.1'), 'TRITON_LIBCUDA_PATH': library,
+            'NULLGPU_LOG': log, 'NULLGPU_BINARY': str(_binary(card)),
+            'LD_PRELOAD': os.path.join(library, 'libcuda.so.1'), 'TRITON_LIBCUDA_PATH': library,
             'LD_LIBRARY_PATH': ':'.join(filter(None, [library, os.environ.get('LD_LIBRARY_PATH')])),
             'CUDA_VISIBLE_DEVICES': '0', 'TORCHINDUCTOR_COMPILE_THREADS': '1', 'TORCHINDUCTOR_BENCHMARK_KERNEL': '1',
             # kept apart from the kernels of real runs: what was chosen by timing is worth nothing here

@@ -159,7 +159,7 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
     memset(attributes, 0, sizeof *attributes);
     attributes->maxThreadsPerBlock = MAX_THREADS;
     attributes->numRegs = 32;
-    attributes->ptxVersion = attributes->binaryVersion = 10 * the_card()->major + the_card()->minor;
+    attributes->ptxVersion = attributes->binaryVersion = the_card()->binary;
     attributes->maxDynamicSharedSizeBytes = the_card()->shared_per_block;
     return cudaSuccess;
 }

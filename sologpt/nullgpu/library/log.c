@@ -58,6 +58,7 @@ static void read_card(void) {
     long capability = number("NULLGPU_CAPABILITY", 90);
     card.major = capability / 10;
     card.minor = capability % 10;
+    card.binary = number("NULLGPU_BINARY", capability);
     card.memory = number("NULLGPU_MEMORY", 80L << 30);
     card.multiprocessors = number("NULLGPU_MULTIPROCESSORS", 132);
     card.threads_per_multiprocessor = number("NULLGPU_THREADS_PER_MULTIPROCESSOR", 2048);

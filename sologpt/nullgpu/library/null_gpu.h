@@ -19,6 +19,7 @@
 struct card {
     char name[256];
     int major, minor;  // compute capability
+    int binary;  // 10 x the compute capability that torch's own kernels are compiled for, of those that the card runs
     size_t memory;  // bytes
     int multiprocessors;
     int threads_per_multiprocessor;
