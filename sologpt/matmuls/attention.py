@@ -24,6 +24,22 @@ Tensor = torch.Tensor
 # takes up to half a second, and its results with a mask are wrong on some GPUs (pytorch#193893, pytorch#196678).
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+# (major compute capability, head size) -> options of FlexAttention's kernels for 16 bits. Where Inductor's own options
+# spill registers into memory, these do not, if BLOCK of document_attention.py divides the length. This was read from
+# what torch 2.13 compiles for 7.5, 8.0, 8.6, 8.9, 9.0 and 12.0, in both architectures of the model. Their speed was not
+# measured on a GPU. What is not named stays Inductor's. With (7, 128), the backward still spills 8 bytes per thread.
+FLEX_BLOCKS = {
+    (7, 64): {'fwd_BLOCK_M': 32, 'fwd_BLOCK_N': 32, 'fwd_num_stages': 1, 'fwd_num_warps': 8, 'bwd_num_warps': 8},
+    (7, 128): {'fwd_BLOCK_M': 32, 'fwd_BLOCK_N': 32, 'fwd_num_stages': 1, 'fwd_num_warps': 8, 'bwd_num_warps': 8},
+    (8, 64): {'fwd_num_warps': 8, 'bwd_BLOCK_M1': 32, 'bwd_BLOCK_N1': 128, 'bwd_BLOCK_M2': 128, 'bwd_BLOCK_N2': 32,
+              'bwd_num_stages': 2, 'bwd_num_warps': 8},
+    (8, 128): {'bwd_num_stages': 2, 'bwd_num_warps': 8},
+    (9, 64): {'fwd_num_warps': 8},
+    (9, 128): {'bwd_BLOCK_M1': 64, 'bwd_BLOCK_N1': 64, 'bwd_BLOCK_M2': 64, 'bwd_BLOCK_N2': 64},
+    (12, 64): {'fwd_num_warps': 8, 'bwd_BLOCK_M1': 32, 'bwd_BLOCK_N1': 128, 'bwd_BLOCK_M2': 128, 'bwd_BLOCK_N2': 64,
+               'bwd_num_stages': 2, 'bwd_num_warps': 8},
+    (12, 128): {'bwd_num_stages': 2, 'bwd_num_warps': 8}}
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
     """Attention by torch's fused kernels for any length and any mask: (B, H, T, hd)."""
@@ -90,7 +106,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | BlockMa
         return sdpa(q, k, v, dropout, mask)
     if dropout:
         raise ValueError('FlexAttention has no dropout')
-    return flex_attention(q, k, v, block_mask=mask, kernel_options={'BACKEND': 'TRITON'})
+    return flex_attention(q, k, v, block_mask=mask, kernel_options={'BACKEND': 'TRITON'} | flex_blocks(q))
+
+
+def flex_blocks(q: Tensor) -> dict[str, int]:
+    """The entries of FLEX_BLOCKS for queries (B, H, T, hd) on a GPU of NVIDIA; nothing elsewhere."""
+    if not q.is_cuda or torch.version.hip:
+        return {}
+    major, _ = torch.cuda.get_device_capability(q.device)
+    return FLEX_BLOCKS.get((major, q.size(-1)), {})
 
 
 ATTENTION = {'sdpa': sdpa, 'causal': causal_sdpa, 'math': math_attention, 'flash': sdpa, 'cudnn': cudnn, 'flex': flex}
