@@ -159,7 +159,8 @@ TRITON = RuntimeError('out of resource: shared memory, Required: 147456, Hardwar
     (RuntimeError('CUDA driver error: out of memory'), True), (RuntimeError('CUDNN_STATUS_ALLOC_FAILED'), True),
     (BackendCompilerFailed('inductor', OOM, None), True), (InductorError(cublas(), None), True),
     (caused(RuntimeError('in the backward'), caused(RuntimeError('in a hook'), OOM)), True),
-    (TRITON, False), (InductorError(TRITON, None), False), (while_handling(KeyError('x'), OOM), False),
+    (TRITON, False), (torch.OutOfMemoryError(str(TRITON)), False), (InductorError(TRITON, None), False),
+    (while_handling(KeyError('x'), OOM), False),
     (ValueError('CUDA out of memory'), False), (RuntimeError('CUDA error: an illegal memory access'), False),
     (MemoryError(), False), (None, False)])
 def test_out_of_a_gpus_memory(error, full):

@@ -224,11 +224,12 @@ def usable_memory(device: torch.device, gigabytes: float = 0.0) -> float:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """
     Whether an error says that a GPU's memory is full: torch's own error, one of CUDA or of its libraries, or either of
-    them inside an error of the compiler.
+    them inside an error of the compiler. A kernel that asks for too much shared memory raises torch's error too, but a
+    smaller micro-batch does not help it.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
-            return True
+            return not str(error).startswith('out of resource')
         if isinstance(error, RuntimeError) and re.search('(?i)cuda.*out of memory|STATUS_ALLOC_FAILED', str(error)):
             return True
         error = getattr(error, 'inner_exception', None) or error.__cause__  # the compiler's errors have the former

@@ -124,6 +124,7 @@ class Run:
 
 CARDS = ('T4', 'RTX 3060', 'RTX 4070', 'A100', 'H100', 'RTX 5090')
 MUON = dict(arch='modern', optimizer='muon')
+DOCUMENTS = dict(document_mask=True, attn_backend='flex')
 LORA = dict(init_from='base', adapter='lora')
 RUNS = [
     *(Run('gpt2', card, {}, (*ALWAYS, weight_gradients_in_float32)) for card in CARDS),
@@ -140,8 +141,10 @@ RUNS = [
     *(Run(f'checkpointing {kind}', 'RTX 4070', dict(checkpoint_activations=kind, arch=arch, attn_backend='flash'))
       for kind in (True, 'selective') for arch in ('gpt2', 'modern')),
     *(Run('dropout', card, dict(dropout=0.1)) for card in ('RTX 4070', 'H100')),
-    *(Run('document_mask', card, dict(document_mask=True, attn_backend='flex'), (*RUNS_WELL, flex_attention, no_stack))
-      for card in ('RTX 4070', 'H100')),
+    *(Run('document_mask', card, DOCUMENTS, (*RUNS_WELL, flex_attention, no_stack))
+      for card in ('T4', 'RTX 4070', 'H100', 'RTX 5090')),
+    Run('document_mask, modern', 'RTX 4070', DOCUMENTS | MUON, (*RUNS_WELL, flex_attention, no_stack)),
+    Run('document_mask, heads of 128', 'RTX 5090', DOCUMENTS | dict(n_head=2), (*RUNS_WELL, flex_attention, no_stack)),
     Run('document_mask, eager', 'H100', dict(document_mask=True, compile=False)),
     *(Run(f'matmul {name}', card, dict(matmul=name), (*ALWAYS, eight_bits_are_tn))
       for name, card in (('fp8', 'RTX 4070'), ('fp8', 'H100'), ('fp8_row', 'H100'), ('fp8', 'RTX 5090'),
