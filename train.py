@@ -143,8 +143,8 @@ checkpoint_activations: bool | str = False  # True: keep only each block's input
 optimizer_state = 'float32'  # the optimizer's moments; '8bit': a quarter of the memory; 'cpu': in the CPU's memory,
 # ... copied in each step
 memory_limit = 0.0  # GB of the GPU's memory that the run may take; 0: all that is free
-attn_backend = 'auto'  # 'sdpa' (torch's choice), 'cudnn', 'flash', 'flex' (for document_mask), or 'math' (matmul,
-# ... softmax, matmul); 'auto': measured
+attn_backend = 'auto'  # 'sdpa' (one of torch's fused kernels; on a GPU flash, if it is there), 'cudnn', 'flash', 'flex'
+# ... (for document_mask) or 'math' (matmul, softmax, matmul); 'auto': measured
 compile: bool | str = 'auto'  # torch.compile; 'auto': on a GPU where it works; 'cuda_graphs': also replay each
 # ... micro-step as CUDA graphs, which helps models of a few million parameters
 peak_flops: float | None = None  # FLOP/s that MFU is measured against; None: the datasheet's, or measured

@@ -70,7 +70,7 @@ GPU = ['--suite=gpu', '--peer=peer', '--small=True', '--device=cpu']
 
 @pytest.fixture
 def run_gpu(project, run_bench, monkeypatch):
-    """The battery with some rows, all in this process but for a peer; returns (the figures, what it printed)."""
+    """The battery with some rows, in this process except the peer; returns (the figures, what it printed)."""
     (project.folder / 'peer').mkdir()
     (project.folder / 'peer' / 'train.py').write_text(PEER_TRAIN)
     (project.folder / 'peer' / 'sample.py').write_text(PEER_SAMPLE)

@@ -3,8 +3,10 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from linears import STOCHASTIC, apart, linear, straight_through, tensors, through
 from reference_formats import digits
+from torch._dynamo.backends.common import aot_autograd
 
 from sologpt.matmuls import recipes
 from sologpt.matmuls.elementwise import rms_norm
@@ -161,6 +163,23 @@ def test_nvfp4_is_unbiased_where_it_rounds_at_random():
     assert apart(y, recipe.fwd.a.encode(x.detach()).decode() @ rounded.T) < 1e-6
     assert apart(dx, g @ rounded) < 0.03 and apart(dw, g.T @ x) < 0.04  # of one: 0.15
     assert apart(through(function, x, w, g)[2], g.T @ x) > 0.1
+
+
+@pytest.mark.parametrize('name', STOCHASTIC)
+def test_compiled_code_draws_once_for_forward_and_backward(name):
+    """torch's partitioner does that with what follows from no input. Noise that depends on a tensor stays its own."""
+    drawn = []  # in the forward and in the backward together
+
+    def keep_random(module, inputs):
+        drawn.extend(node.target for node in module.graph.nodes
+                     if torch.Tag.nondeterministic_seeded in getattr(node.target, 'tags', ()))
+        return make_boxed_func(module.forward)
+    backend = aot_autograd(fw_compiler=keep_random, bw_compiler=keep_random,
+                           partition_fn=min_cut_rematerialization_partition)
+    x, w, g = tensors(dtype=torch.bfloat16)
+    torch.compile(linear(name, dtype='bfloat16'), backend=backend, fullgraph=True)(x).backward(g)
+    assert drawn.count(torch.ops.sologpt.draw.default) == 1
+    assert set(drawn) <= {torch.ops.sologpt.draw.default, torch.ops.aten.rand_like.default}
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')

@@ -25,6 +25,7 @@ from sologpt.inference.compiled_step import CompiledStep
 from sologpt.inference.generation import lists_of, stream
 from sologpt.machine import choices, clock, devices
 from sologpt.matmuls.held import hold_all_linears_in
+from sologpt.training.build import with_loss_chunk
 from sologpt.training.runs import read_run
 
 UNTIMED = {'eval_interval': 10 ** 6, 'always_save_checkpoint': False, 'learning_rate': 0.0}
@@ -100,7 +101,11 @@ def foreseen(session: Session, keys: dict) -> dict:
 def print_foreseen(train_args: list[str], sizes: list[int]) -> None:
     """Print, as JSON: sequences -> GB."""
     options, _ = process.resolve_train(train_args)
-    found = plan.forecast(options | {'compile': options['compile'] is True}, plan.model_config(options))
+    device = devices.find_device(options['device'])
+    shape = plan.model_config(options)
+    if device.type == 'cuda':
+        shape = with_loss_chunk(shape, devices.usable_memory(device, options['memory_limit']))
+    found = plan.forecast(options | {'compile': options['compile'] is True}, shape)
     print(json.dumps({size: found.at(size).peak / 1e9 for size in sizes}))
 
 

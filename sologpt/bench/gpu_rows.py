@@ -103,7 +103,7 @@ def deciding_rows() -> list[Row]:
 
 def _step_rows():
     return [Row('training_step', name, COLD, train, STEP | keys) for name, keys in {
-        'attention sdpa': dict(attn_backend='sdpa'), 'attention cudnn': dict(attn_backend='cudnn'),
+        'attention cudnn': dict(attn_backend='cudnn'),
         'attention flash': dict(attn_backend='flash'), 'attention math': dict(attn_backend='math'),
         'micro-batch 32': dict(batch_size=32, gradient_accumulation_steps=2),
         'micro-batch 64': dict(batch_size=64, gradient_accumulation_steps=1)}.items()]

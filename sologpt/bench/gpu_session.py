@@ -160,7 +160,8 @@ def _write_meta(folder, n):
 def prepare_code(folder: str, tokens: int) -> None:
     """
     Write the source of the installed packages in bytes, in one file of each split, as nanoGPT reads it. Both trainers
-    are told that there are as many ids as GPT-2 has: so the race is by the model whose step is measured, and compiled.
+    are told that there are as many ids as GPT-2 has. Then the race has the model of the measured step, and its kernels
+    are compiled already.
     """
     prepare_corpus(folder, Source(installed_code(), name='installed packages'), Bytes(), SomeDocuments(0.05),
                    Options(tokens, shard_tokens=2 * tokens))

@@ -102,7 +102,7 @@ def find_attn_backend(name: str, device: torch.device, dtype: str, block_size: i
     if device.type == 'cpu':
         return ('math' if block_size <= (512 if dtype == 'float32' else 1024) else 'sdpa'), 'by length'
     if device.type != 'cuda' or dtype == 'float32' or shape is None:
-        return 'sdpa', "torch's choice"
+        return 'sdpa', "torch's fused kernels"
     found = {}
     for kernel in GPU_ATTENTION if name == 'auto' else [name]:
         with contextlib.suppress(RuntimeError):  # not on this GPU, or not for this shape or dropout
@@ -113,7 +113,7 @@ def find_attn_backend(name: str, device: torch.device, dtype: str, block_size: i
         raise InputError(f'attn_backend={name}: torch does not have it on {devices.device_name(device)} for heads of '
                          f'{shape[-1]} dimensions: use auto')
     if not found:
-        return 'sdpa', "torch's choice"
+        return 'sdpa', "torch's fused kernels"
     return min(found, key=found.get), ', '.join(f'{kernel} {1000 * s:.2f} ms' for kernel, s in found.items())
 
 

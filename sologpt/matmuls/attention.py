@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from sologpt.machine import devices
+
 Tensor = torch.Tensor
 
 # The kernels of a GPU, the preferred one first. cuDNN is not among them: it makes a new plan for each length, which
@@ -111,7 +113,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | BlockMa
 
 def flex_blocks(q: Tensor) -> dict[str, int]:
     """The entries of FLEX_BLOCKS for queries (B, H, T, hd) on a GPU of NVIDIA; nothing elsewhere."""
-    if not q.is_cuda or torch.version.hip:
+    if not devices.is_nvidia(q.device):
         return {}
     major, _ = torch.cuda.get_device_capability(q.device)
     return FLEX_BLOCKS.get((major, q.size(-1)), {})

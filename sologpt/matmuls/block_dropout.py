@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from sologpt.matmuls.elements import draw
+
 Tensor = torch.Tensor
 
 
@@ -37,7 +39,7 @@ def block_matmul(products: BlockProducts, rate: float, block: int) -> type[torch
         def forward(ctx, x, w):
             with torch.autocast(x.device.type, enabled=False):
                 size = [math.ceil(n / block) for n in x.shape]
-                keep = torch.rand(size, device=x.device) >= rate
+                keep = draw(x, size) >= rate
                 ctx.save_for_backward(x, w, keep)
                 return products.fwd(x, w.to(x.dtype), keep, block) / (1 - rate)
 

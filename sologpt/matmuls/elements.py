@@ -10,6 +10,7 @@ Sources: OCP Microscaling Formats 1.0 for E4M3, E5M2, E3M2, E2M3 and E2M1; https
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +123,19 @@ E2M3 = Float(2, 3, 7.5)
 E2M1 = Float(2, 1, 6.0)
 BYTE = Int(127, 8)
 TRIT = Int(1, 2)
+
+
+# torch.compile may draw in the backward again what a forward has drawn, if it follows from no input: the gradients are
+# then those of other numbers. So this operation takes an input, and is one that the compiler does not know.
+@torch.library.custom_op('sologpt::draw', mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Random float32 numbers in [0, 1), of that shape, on the device of `like`."""
+    return torch.rand(shape, device=like.device)
+
+
+@draw.register_fake
+def _(like, shape):
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

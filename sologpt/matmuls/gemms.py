@@ -2,13 +2,12 @@
 The three matmuls of a Linear by a recipe, as an autograd.Function.
 """
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
+from sologpt.matmuls.elements import draw
 from sologpt.matmuls.formats import Encoded
 from sologpt.matmuls.products import cast
 from sologpt.matmuls.recipes import Gemm, OperandFormat, Recipe
@@ -35,8 +34,8 @@ def recipe_matmul(recipe: Recipe, products: Sequence[Callable]) -> type[torch.au
             with torch.autocast(x.device.type, enabled=False):
                 a = fwd.a.encode(x) if keep_x else Encoded(x, None)
                 b = fwd.b.encode(w) if keep_w else Encoded(w, None)
-                # drawn here and kept: what is drawn in the backward, torch.compile may draw again for each operand
-                signs = torch.randint(0, 2, (turns, 1), device=x.device) * 2.0 - 1 if turns else None
+                # drawn here and kept, because both operands of a matmul need the same signs
+                signs = torch.where(draw(x, (turns, 1)) < 0.5, 1.0, -1.0) if turns else None
                 ctx.save_for_backward(*a, *b, signs, w if recipe.estimator else None)
                 ctx.dtypes = x.dtype, w.dtype
                 return multiply(fwd, products[0], a if keep_x else x, b if keep_w else w, x.dtype, signs=signs)
@@ -99,13 +98,17 @@ def rotate(t: Tensor, signs: Tensor) -> Tensor:
     matrix. Rotating both operands alike leaves their product as it is.
     """
     size = len(signs)
-    turn = signs * HADAMARD[:size, :size].to(t.device)  # of 1 and -1, which TF32 does not round
+    turn = signs * hadamard(size, t.device)  # of 1 and -1, which TF32 does not round
     return (F.pad(t.float(), (0, -t.size(1) % size)).unflatten(1, (-1, size)) @ turn).flatten(1) / size ** 0.5
 
 
-def _hadamard(size: int) -> Tensor:
-    """Sylvester's matrix of 1 and -1, (size, size). Its upper left corners are the smaller ones."""
-    return functools.reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * int(math.log2(size)))
-
-
-HADAMARD = _hadamard(64)
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """
+    Sylvester's matrix of 1 and -1, (size, size), for a power of two up to 64: -1 where i & j has an odd number of ones.
+    It is computed on the device, because to copy it there would make the program wait.
+    """
+    i = torch.arange(size, device=device)
+    common = i[:, None] & i
+    for half in (4, 2, 1):
+        common = common ^ (common >> half)
+    return 1.0 - 2.0 * (common & 1)

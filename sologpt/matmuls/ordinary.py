@@ -1,9 +1,9 @@
 """
-The matmuls of an ordinary Linear in training, where a GPU can do more than autograd asks of it.
+The matmuls of an ordinary Linear in training, as a GPU computes them best.
 
-Its weight's gradient leaves the matmul in float32, in which it is summed over micro-batches: it is never rounded to 16
-bits, and no pass over it follows. Queries, keys and values come from one matmul, but their gradients are multiplied one
-by one: to put them into one tensor would be a pass over all three.
+The gradient of the weight leaves its matmul in float32, in which it is summed over micro-batches. It is never rounded
+to 16 bits, and is not converted in another pass over memory. Queries, keys and values come from one matmul, but their
+gradients are multiplied one by one. To put them into one tensor first would be a pass over all three.
 """
 
 import torch
@@ -39,12 +39,12 @@ class OrdinaryMatmul(torch.autograd.Function):
             for g, part in zip(grads[1:], of_parts[1:], strict=True):
                 dx = torch.addmm(dx, g, part)
         if ctx.needs_input_grad[1]:
-            dw = [product(g.mT, x, ctx.w_dtype) for g in grads]
+            dw = [product_in(ctx.w_dtype, g.mT, x) for g in grads]
             dw = dw[0] if len(dw) == 1 else torch.cat(dw)
         return dx, dw, None
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
     """a @ b in dtype. On an NVIDIA GPU a float32 result of 16-bit tensors is not rounded in between."""
     if dtype == torch.float32 and _can_widen(a):
         return torch.mm(a, b, out_dtype=torch.float32)

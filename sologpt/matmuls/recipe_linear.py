@@ -105,7 +105,7 @@ def find_product(gemm: Gemm, device: torch.device, dims: tuple[int, ...], tokens
     """
     if gemm.a is None or gemm.b is None:
         return plain_product, 'in dtype'
-    nvidia = device.type == 'cuda' and not torch.version.hip
+    nvidia = devices.is_nvidia(device)
     if all(isinstance(format, Format) and isinstance(format.element, Int) for format in (gemm.a, gemm.b)):
         if nvidia or device.type == 'cpu' and choices.cpu_has_int8():
             return int8_product, 'native'

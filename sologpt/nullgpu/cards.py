@@ -61,7 +61,7 @@ class Card:
 PER_MULTIPROCESSOR = {75: (1024, 64), 80: (2048, 164), 86: (1536, 100), 89: (1536, 100), 90: (2048, 228),
                       120: (1536, 100)}
 CARDS = (
-    Card('Tesla T4', 'T4', 75, 15, 40, 320, 4),  # 16 GB, of which error correction takes 1
+    Card('Tesla T4', 'T4', 75, 15, 40, 320, 4),  # 16 GB, but error correction takes 1
     Card('NVIDIA GeForce RTX 3060', 'RTX 3060', 86, 12, 28, 360, 3),
     Card('NVIDIA GeForce RTX 4060 Ti', 'RTX 4060 Ti', 89, 16, 34, 288, 32),
     Card('NVIDIA GeForce RTX 4070', 'RTX 4070', 89, 12, 46, 504, 36),

@@ -1,8 +1,8 @@
 """
 AdamW (https://arxiv.org/abs/1711.05101), whose moments may be kept in fewer bits or elsewhere.
 
-For moments and weights in float32 torch has one kernel. For others it would be some 40 eager kernels, each of which
-passes through the memory; compiled, it is one again, which reads and writes everything once.
+torch has one kernel for moments and weights in float32. Other kinds take some 40 eager kernels, and each passes over
+the memory. Compiled, they are one kernel again, which reads and writes everything once.
 """
 
 import functools

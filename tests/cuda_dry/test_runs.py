@@ -151,6 +151,8 @@ RUNS = [
                          ('int8', 'T4'), ('int8', 'RTX 3060'), ('int8', 'H100'))),
     *(Run(f'matmul {name}', card, dict(matmul=name), (*ALWAYS, emulated_in_bfloat16))
       for name, card in (('mxfp8', 'RTX 3060'), ('mxfp6_e2m3', 'H100'))),
+    *(Run(f'matmul {name}', card, dict(matmul=name)) for name, card in (
+        ('mxfp4', 'H100'), ('nvfp4:keep_last=0', 'RTX 5090'), ('fp4_dge', 'RTX 4070'), ('block_dropout:0.1', 'A100'))),
     Run('LoRA', 'RTX 4070', LORA),
     Run('QLoRA', 'RTX 3060', LORA | dict(base_format='nf4'), (*ALWAYS, nf4_is_decoded)),
     Run('cuda_graphs', 'RTX 4070', dict(compile='cuda_graphs')),
