@@ -10,7 +10,7 @@ parts modded-nanogpt (https://github.com/KellerJordan/modded-nanogpt) and nanoch
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -27,9 +27,10 @@ from sologpt.machine.devices import matmul_dtype
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_logits
 from sologpt.matmuls.document_attention import DOCUMENT_MASK, dense_mask
-from sologpt.matmuls.elementwise import relu_squared, rms_norm
-from sologpt.matmuls.ordinary import packed
+from sologpt.matmuls.elementwise import ReLUSquared, RMSNorm, RMSNormWithGain, SwiGLU
+from sologpt.matmuls.ordinary import whole
 from sologpt.matmuls.recompute import RECOMPUTE
+from sologpt.matmuls.rotary import NoRotation, Rotary, rotate, unturned
 
 Tensor = torch.Tensor
 
@@ -38,7 +39,14 @@ ARCHITECTURES = {
                  zero_init=False, embd_norm=False),
     'modern': dict(bias=False, norm='rmsnorm', positions='rotary', qk_norm=True, activation='relu2', tied=False,
                    zero_init=True, embd_norm=True),
+    'llama': dict(bias=False, norm='rmsnorm_gain', positions='rotary', qk_norm=False, activation='swiglu', tied=False,
+                  zero_init=False, embd_norm=False),
 }
+# values of the key bias -> what has biases: Linears of a block, and norms
+BIASES = {False: (), True: ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj', 'norm'), 'qkv': ('attn.c_attn',),
+          'attention': ('attn.c_attn', 'attn.c_proj'), 'mlp': ('mlp.c_fc', 'mlp.c_proj'),
+          'linears': ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')}
+OPTIONAL = ('smear', 'norm_eps', 'rope_base', 'rope_scaling', 'window', 'windowed')  # keys that most models leave as is
 COMPUTE_KEYS = ('loss_chunk', 'attn_backend', 'checkpoint_activations', 'document_eot')
 
 
@@ -50,13 +58,21 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    n_kv_head: int | None = None  # heads of keys and values: each serves n_head / n_kv_head queries; None: n_head
+    head_dim: int | None = None  # the width of a head; None: n_embd / n_head
+    n_inner: int | None = None  # the width within the MLP; None: 4 n_embd, and with 'swiglu' two thirds of that
     dropout: float = 0.0
     arch: str = 'gpt2'  # a name in ARCHITECTURES; it decides the parts that are None
-    bias: bool | None = None  # in Linears and LayerNorms
-    norm: str | None = None  # 'layernorm', or 'rmsnorm' without a gain
+    bias: bool | str | None = None  # a key of BIASES
+    norm: str | None = None  # 'layernorm', 'rmsnorm' without a gain, or 'rmsnorm_gain'
+    norm_eps: float = 1e-5  # of norms with a gain
     positions: str | None = None  # 'learned' or 'rotary'
-    qk_norm: bool | None = None  # queries and keys are normalised, without a gain
-    activation: str | None = None  # 'gelu', 'gelu_new' (by tanh, as OpenAI's weights were trained) or 'relu2'
+    rope_base: float = 10000.0  # of rotary positions
+    rope_scaling: dict | None = None  # see rotary.py
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
+    windowed: list | None = None  # numbers of the blocks that have the window; None: all
+    qk_norm: bool | str | None = None  # queries and keys are normalised: True, without a gain, or 'gain'
+    activation: str | None = None  # 'gelu', 'gelu_new' (by tanh, as OpenAI's weights were trained), 'relu2' or 'swiglu'
     tied: bool | None = None  # lm_head is the embedding table
     zero_init: bool | None = None  # projections into the residual stream, and an untied head, begin at zero
     embd_norm: bool | None = None  # the embedding is normalised, without a gain
@@ -76,23 +92,46 @@ class GPTConfig:
         self.n_ids = self.n_ids or self.vocab_size
         if self.loss_chunk is None:  # a small vocabulary's logits are no larger than the activations
             self.loss_chunk = 2048 if self.vocab_size >= 8192 else 0
-        for key, known in (('norm', NORMS), ('positions', POSITIONS), ('activation', ACTIVATIONS)):
+        for key, known in (('norm', NORMS), ('positions', POSITIONS), ('activation', ACTIVATIONS), ('bias', BIASES),
+                           ('qk_norm', QK_NORMS)):
             if getattr(self, key) not in known:
-                raise InputError(f'{key}={getattr(self, key)!r} is not known: use {" or ".join(known)}')
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, key) < 1:
+                names = ' or '.join(map(str, known))
+                raise InputError(f'{key}={getattr(self, key)!r} is not known: use {names}')
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_inner',
+                    'window'):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise InputError(f'{key}={getattr(self, key)} must be at least 1')
         if not 0 <= self.dropout < 1:
             raise InputError(f'dropout={self.dropout} must be in [0, 1)')
-        if self.n_embd % self.n_head:
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise InputError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
+        for key, value in self._derived().items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        if self.n_head % self.n_kv_head:
+            raise InputError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
         if self.positions == 'rotary' and self.head_dim % 2:
-            raise InputError(f'n_embd={self.n_embd} / n_head={self.n_head} is odd, but rotary positions turn pairs of '
-                             f'dimensions: change one of them')
+            raise InputError(f'a head_dim of {self.head_dim} is odd, but rotary positions turn pairs of dimensions: '
+                             f'change n_embd={self.n_embd}, n_head={self.n_head} or head_dim')
 
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+    def _derived(self):
+        """The sizes that follow from others where they are None."""
+        gated = 64 * math.ceil(8 * self.n_embd / 3 / 64)
+        return {'n_kv_head': self.n_head, 'head_dim': self.n_embd // self.n_head,
+                'n_inner': gated if self.activation == 'swiglu' else 4 * self.n_embd}
+
+    def parts_of(self, linear: str) -> list[int]:
+        """
+        The rows of each part of a block's Linear: of 'attn.c_attn' those of queries, keys and values, and with a gated
+        activation of 'mlp.c_fc' those of the gate and of what it multiplies. Other Linears have one part.
+        """
+        keys = self.n_kv_head * self.head_dim
+        return {'attn.c_attn': [self.n_head * self.head_dim, keys, keys],
+                'mlp.c_fc': [self.n_inner] * (2 if self.activation == 'swiglu' else 1)}.get(linear, [self.n_embd])
+
+    def window_of(self, block: int) -> int | None:
+        """The window of a block, by its number."""
+        return self.window if self.windowed is None or block in self.windowed else None
 
     @classmethod
     def from_saved(cls, model_args: dict, **overrides) -> 'GPTConfig':
@@ -105,55 +144,18 @@ class GPTConfig:
     def to_save(self) -> dict:
         """Plain values for a checkpoint: nanoGPT's keys, and of the others those that depart from what it has."""
         parts = {k: v for k, v in ARCHITECTURES[self.arch].items() if k != 'bias'}
-        default = parts | {'arch': 'gpt2', 'smear': False, 'n_ids': self.vocab_size}  # what an absent key means
+        # what an absent key means
+        default = parts | self._derived() | {f.name: f.default for f in fields(self) if f.name in OPTIONAL} | {
+            'arch': 'gpt2', 'n_ids': self.vocab_size}
         return {k: v for k, v in asdict(self).items() if k not in COMPUTE_KEYS and default.get(k) != v}
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
-class RMSNorm(nn.Module):
-    def forward(self, x, context=None):
-        """x: (..., n). The context is there because parts between the embedding and the first block are given it."""
-        return rms_norm.apply(x)
-
-
-class ReLUSquared(nn.Module):
-    def forward(self, x):
-        return relu_squared.apply(x)
-
-
 class LearnedPositions(nn.Embedding):
     def forward(self, x, context):
         """x: (B, T, n_embd), embeddings of the T positions after the context's."""
         return x + context.rows(self.weight, x.size(1))
-
-
-class NoRotation(nn.Module):
-    """Stands in Rotary's place where positions are learned."""
-
-    def forward(self, qk, context):
-        return qk
-
-
-class Rotary(nn.Module):
-    """
-    Rotary positions (https://arxiv.org/abs/2104.09864): each pair of dimensions (i, i + hd/2) of a query or key is
-    turned by position * base^(-2i/hd). Pairs are ordered as in Hugging Face's models.
-    """
-
-    def __init__(self, config, base=10000.0):
-        super().__init__()
-        hd = config.head_dim
-        # on the CPU even where the weights are on the meta device, until they are loaded
-        positions, dims = (torch.arange(*span, device='cpu') for span in ((config.block_size,), (0, hd, 2)))
-        angles = torch.outer(positions, base ** -(dims / hd))[:, None, None]
-        self.register_buffer('cos', angles.cos().repeat(1, 1, 1, 2), persistent=False)  # (block_size, 1, 1, hd)
-        self.register_buffer('sin', torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
-
-    def forward(self, qk, context):
-        """qk: (B, T, n, H, hd), queries, keys or both, of the T positions after the context's."""
-        cos, sin = (context.rows(table, qk.size(1)).to(qk.dtype) for table in (self.cos, self.sin))
-        return torch.addcmul(qk * cos, qk.roll(qk.size(-1) // 2, dims=-1), sin)
 
 
 class Smear(nn.Module):
@@ -173,42 +175,50 @@ class Smear(nn.Module):
         return x + gate * context.previous(x)
 
 
-NORMS = {'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias), 'rmsnorm': lambda config: RMSNorm()}
-POSITIONS = {'learned': lambda config: NoRotation(), 'rotary': Rotary}
-ACTIVATIONS = {'gelu': nn.GELU, 'gelu_new': lambda: nn.GELU(approximate='tanh'), 'relu2': ReLUSquared}
+NORMS = {'layernorm': lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias='norm' in BIASES[config.bias]),
+         'rmsnorm': lambda config: RMSNorm(),
+         'rmsnorm_gain': lambda config: RMSNormWithGain(config.n_embd, config.norm_eps)}
+QK_NORMS = {False: lambda config: nn.Identity(), True: lambda config: RMSNorm(),
+            'gain': lambda config: RMSNormWithGain(config.head_dim, config.norm_eps)}
+POSITIONS = {'learned': (NoRotation, unturned), 'rotary': (Rotary, rotate)}  # what is computed once, and in each block
+ACTIVATIONS = {'gelu': nn.GELU, 'gelu_new': lambda: nn.GELU(approximate='tanh'), 'relu2': ReLUSquared, 'swiglu': SwiGLU}
 
 
 # ---- the block -------------------------------------------------------------------------------------------------------
 
+def block_linear(config: GPTConfig, name: str, n_in: int) -> nn.Linear:
+    """The Linear `name` of a block, such as 'attn.c_attn', of all its parts."""
+    return nn.Linear(n_in, sum(config.parts_of(name)), bias=name in BIASES[config.bias])
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, window):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
-        self.rotary = POSITIONS[config.positions](config)
+        self.c_attn = block_linear(config, 'attn.c_attn', config.n_embd)  # q, k, v of all heads
+        self.c_proj = block_linear(config, 'attn.c_proj', config.n_head * config.head_dim)
+        self.q_norm, self.k_norm = (QK_NORMS[config.qk_norm](config) for _ in range(2))
+        _, self.turn = POSITIONS[config.positions]
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.project = packed
+        self.heads, self.window, self.dropout = (config.n_head, config.n_kv_head), window, config.dropout
+        self.project = whole
         self.attend = ATTENTION[config.attn_backend]
 
-    def forward(self, x, context):
-        """x: (B, T, n_embd); context: this layer's, to which the keys and values of x are added."""
-        B, T, C = x.shape
-        *qk, v = self.project(self.c_attn, x, self.n_head)  # each (B, T, n, H, hd): n of the three
-        qk = [self.rotary(self.qk_norm(part), context) for part in qk]
-        q, k, v = (z.transpose(1, 2) for part in (*qk, v) for z in part.unbind(2))  # (B, H, T, hd)
-        k, v, mask = context.append(k, v)
+    def forward(self, x, context, by):
+        """x: (B, T, n_embd); context: this layer's, to which the keys and values of x are added; by: see rotate()."""
+        q, k, v = self.project(self.c_attn, x, self.heads)  # each (B, T, its heads, hd)
+        q, k = self.turn(self.q_norm(q), by), self.turn(self.k_norm(k), by)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H or G, T, hd)
+        k, v, mask = context.append(k, v, self.window)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = block_linear(config, 'mlp.c_fc', config.n_embd)
         self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = block_linear(config, 'mlp.c_proj', config.n_inner)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -216,19 +226,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
         self.ln_1 = NORMS[config.norm](config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, config.window_of(i))
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
         self.recompute = RECOMPUTE[config.checkpoint_activations]
 
-    def forward(self, x, context):
-        return self.recompute(self.layers, x, context)
+    def forward(self, x, context, by):
+        return self.recompute(self.layers, x, context, by)
 
-    def layers(self, x, context):
-        x = x + self.attn(self.ln_1(x), context)
+    def layers(self, x, context, by):
+        x = x + self.attn(self.ln_1(x), context, by)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -249,11 +259,12 @@ class GPT(nn.Module):
         if config.smear:
             stem['smear'] = Smear(config)
         self.stem = list(stem)
+        self.rotary = POSITIONS[config.positions][0](config)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **stem,
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -285,7 +296,8 @@ class GPT(nn.Module):
     def context(self, idx: Tensor) -> Context:
         """What the tokens idx, (B, T), see if hidden() is given no context."""
         eot = self.config.document_eot
-        return Context() if eot is None else Documents(idx, eot, self.document_mask)
+        windows = {self.config.window_of(i) for i in range(self.config.n_layer)}
+        return Context() if eot is None else Documents(idx, eot, self.document_mask, windows)
 
     def hidden(self, idx: Tensor, context: Context | None = None) -> Tensor:
         """idx: (B, T) ids -> (B, T, n_embd), after the final norm. With a KVCache, idx are the positions after it."""
@@ -300,8 +312,9 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
             x = x.bfloat16()  # the residual stream, as in llm.c; float16's range is too small for it
+        by = self.rotary(x, context)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, context.layer(i))
+            x = block(x, context.layer(i), by)
         return self.transformer.ln_f(x)
 
     def loss(self, idx: Tensor, targets: Tensor, piece=loss_of_logits) -> Tensor:
@@ -336,12 +349,14 @@ class GPT(nn.Module):
         """
         FLOPs of forward and backward per token at that length (PaLM, appendix B: https://arxiv.org/abs/2204.02311).
 
-        6 per weight used in a matmul, 4 if it is frozen, and 12 L d T for attention. The embedding tables are looked
+        6 per weight used in a matmul, 4 if it is frozen, and 12 H hd T for the attention of a block, where a window counts
+        as T. The embedding tables are looked
         up, not multiplied; a tied one counts as the head. A module that holds its weights in another way than an
         nn.Linear has a `flops_per_token` of its own.
         """
         c = self.config
-        attention = 12 * c.n_layer * c.n_embd * (block_size or c.block_size)
+        seen = [min(block_size or c.block_size, c.window_of(i) or math.inf) for i in range(c.n_layer)]
+        attention = 12 * c.n_head * c.head_dim * sum(seen)
         return attention + sum(
             m.weight.numel() * (6 if m.weight.requires_grad else 4) if isinstance(m, nn.Linear) else
             m.flops_per_token() if m is not self and hasattr(m, 'flops_per_token') else 0 for m in self.modules())
@@ -355,10 +370,6 @@ class GPT(nn.Module):
         if self.config.positions == 'learned':
             kept = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe = LearnedPositions.from_pretrained(kept, freeze=False)
-        else:
-            for block in self.transformer.h:
-                rotary = block.attn.rotary
-                rotary.cos, rotary.sin = rotary.cos[:block_size].clone(), rotary.sin[:block_size].clone()
 
     # ---- from files --------------------------------------------------------------------------------------------------
 
@@ -369,21 +380,26 @@ class GPT(nn.Module):
             return cls(config)
 
     @classmethod
-    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor], source: str) -> 'GPT':
-        """A model with copies of these weights. Raises InputError, which names `source`, if they do not fit."""
+    def from_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor], source: str,
+                     kept: tuple[torch.dtype, ...] = ()) -> 'GPT':
+        """
+        A model with copies of these weights, in float32 but for matrices in one of the dtypes `kept`. Raises
+        InputError, which names `source`, if they do not fit.
+        """
         model = cls.skeleton(config)
-        load_weights(model, weights, source)
+        load_weights(model, weights, source, kept)
         return model
 
     @classmethod
-    def from_checkpoint(cls, source: str, **overrides) -> tuple['GPT', dict]:
+    def from_checkpoint(cls, source: str, kept: tuple[torch.dtype, ...] = (),
+                        **overrides) -> tuple['GPT', dict]:
         """
-        (model, what else its checkpoint holds). source: see read_model(). overrides: keys of GPTConfig that do not
-        shape the weights. Raises InputError.
+        (model, what else its checkpoint holds). source: see read_model(). kept: see from_weights(). overrides: keys of
+        GPTConfig that do not shape the weights. Raises InputError.
         """
         model_args, weights, saved = read_model(source)
         saved.pop('optimizer', None)  # it would keep the file open
-        return cls.from_weights(GPTConfig.from_saved(model_args, **overrides), weights, source), saved
+        return cls.from_weights(GPTConfig.from_saved(model_args, **overrides), weights, source, kept), saved
 
     @classmethod
     def from_pretrained(cls, source: str, override_args: dict | None = None) -> 'GPT':
@@ -399,7 +415,7 @@ class GPT(nn.Module):
     def new_cache(self, batch: int, positions: int) -> KVCache:
         """An empty cache for `batch` rows of up to `positions` tokens."""
         c = self.config
-        return KVCache(c.n_layer, c.n_head, c.head_dim, batch, positions)
+        return KVCache(c.n_layer, c.n_kv_head, c.head_dim, batch, positions)
 
     def next_logits(self, idx: Tensor, context: Context) -> Tensor:
         """idx: (B, T) ids after the context's -> (B, vocab_size), the logits of the position that follows."""

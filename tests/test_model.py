@@ -13,6 +13,7 @@ from sologpt.inference.generation import sample
 from sologpt.machine.devices import autocast
 from sologpt.matmuls import attention, elementwise
 from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_logits
+from sologpt.matmuls.rotary import rotate
 from sologpt.training.loss import TrainingLoss
 
 transformers = pytest.importorskip('transformers')
@@ -265,14 +266,17 @@ def test_same_seed_same_text():
 def test_rotary_scores_depend_on_the_distance_alone():
     rotary = Rotary(GPTConfig(block_size=12, n_layer=1, n_head=1, n_embd=8))
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 12, 1, 8)  # the same at every position
-    qk = rotary(torch.stack([q, k], dim=2), Context())
-    scores = (qk[0, :, 0, 0] @ qk[0, :, 1, 0].T)
+    by = rotary(torch.zeros(1, 12, 8), Context())
+    turned_q, turned_k = (rotate(x, by) for x in (q, k))
+    scores = turned_q[0, :, 0] @ turned_k[0, :, 0].T
     for distance in range(12):
         torch.testing.assert_close(scores.diagonal(distance), scores[0, distance].expand(12 - distance))
     assert scores[0].std() > 0.1
     later = Context()
     later.length = 5
-    torch.testing.assert_close(rotary(torch.stack([q, k], dim=2)[:, 5:], later), qk[:, 5:])
+    torch.testing.assert_close(rotate(q[:, 5:], rotary(torch.zeros(1, 7, 8), later)), turned_q[:, 5:])
+    with pytest.raises(ValueError, match='13 tokens, but block_size is 12'):
+        rotary(torch.zeros(1, 8, 8), later)
 
 
 @pytest.mark.parametrize('function, reference', [
@@ -447,9 +451,9 @@ def test_flops_of_gpt2_124m():
 
 @pytest.mark.parametrize('changes, message', [(dict(n_embd=30, n_head=4), 'n_embd=30 is not divisible by n_head=4'),
                                               (dict(n_layer=0), 'n_layer=0'), (dict(dropout=1.0), 'dropout'),
-                                              (dict(activation='relu'), 'activation'), (dict(arch='llama'), 'arch'),
+                                              (dict(activation='relu'), 'activation'), (dict(arch='llamas'), 'arch'),
                                               (dict(norm='batch'), 'norm'), (dict(positions='none'), 'positions'),
-                                              (dict(arch='modern', n_embd=6, n_head=2), 'n_head=2 is odd')])
+                                              (dict(arch='modern', n_embd=6, n_head=2), 'head_dim of 3 is odd')])
 def test_config_refused(changes, message):
     with pytest.raises(InputError, match=message):
         GPTConfig(**changes)

@@ -11,10 +11,11 @@ from sologpt.training.build import prepare_model
 from sologpt.training.loss import TrainingLoss
 
 CPU = torch.device('cpu')
-KINDS = [dict(arch='gpt2', bias=True), dict(arch='gpt2', bias=False), dict(arch='modern', smear=True)]
+KINDS = [dict(arch='gpt2', bias=True), dict(arch='gpt2', bias=False), dict(arch='modern', smear=True),
+         dict(arch='llama', n_kv_head=1, bias='qkv', qk_norm='gain')]
 
 
-@pytest.mark.parametrize('parts', [1, 3])
+@pytest.mark.parametrize('parts', [None, (2, 2, 2), (4, 1, 1)])
 @pytest.mark.parametrize('needed', [(True, True), (True, False), (False, True)])
 def test_gradients_are_a_linears(parts, needed):
     g = torch.Generator().manual_seed(0)
@@ -22,7 +23,7 @@ def test_gradients_are_a_linears(parts, needed):
     x.requires_grad_(needed[0]), w.requires_grad_(needed[1])
     wanted = [t for t, is_needed in zip((x, w), needed, strict=True) if is_needed]
     y = ordinary.OrdinaryMatmul.apply(x, w, parts)
-    y = y if parts == 1 else torch.cat(y, dim=1)
+    y = torch.cat(y, dim=1) if parts else y
     torch.testing.assert_close(y, F.linear(x, w))
     for ours, theirs in zip(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(F.linear(x, w), wanted, grad),
                             strict=True):

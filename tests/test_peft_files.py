@@ -14,7 +14,7 @@ from sologpt.adapters.adapter import Adapter, attach, model_class, put_adapter, 
 from sologpt.adapters.base import fingerprint, load_base
 from sologpt.adapters.config import AdapterConfig
 from sologpt.adapters.peft_files import CONFIG, WEIGHTS, read_adapter, write_adapter
-from sologpt.files.families import LINEARS
+from sologpt.files.family import LINEARS
 
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')  # of transformers about itself

@@ -13,7 +13,7 @@ from sologpt.adapters.adapter import Adapter, parts, put_adapter
 from sologpt.adapters.config import AdapterConfig
 from sologpt.adapters.method import PREFIX
 from sologpt.adapters.methods.lora import LoRA
-from sologpt.files.families import LINEARS, Family
+from sologpt.files.family import LINEARS, Family
 
 Tensor = torch.Tensor
 

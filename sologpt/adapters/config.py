@@ -12,7 +12,7 @@ import torch.nn as nn
 from configurator import InputError
 from sologpt.adapters.method import Method
 from sologpt.adapters.methods import METHODS
-from sologpt.files.families import LINEARS
+from sologpt.files.family import LINEARS
 from sologpt.matmuls.nf4 import NF4Linear
 
 NUMBER = (int, float)

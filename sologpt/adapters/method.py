@@ -31,7 +31,7 @@ import torch.nn as nn
 
 from configurator import InputError
 from model import GPT, GPTConfig
-from sologpt.files.families import LINEARS
+from sologpt.files.family import LINEARS
 
 Tensor = torch.Tensor
 PREFIX = 'base_model.model.'  # what peft puts before the names of a model's modules

@@ -13,7 +13,9 @@ from sologpt.adapters.arithmetic import for_family
 from sologpt.adapters.base import fingerprint
 from sologpt.adapters.peft_files import write_adapter
 from sologpt.exports.source import ExportedModel
-from sologpt.files.families import FAMILIES, Family, find_family, write_hf_model
+from sologpt.files.families import FAMILIES, find_family
+from sologpt.files.family import Family
+from sologpt.files.hf_models import write_hf_config, write_hf_weights
 from sologpt.machine.devices import DTYPES
 from sologpt.tokens import tokenizer_files
 from sologpt.tokens.tokenizer import Tokenizer
@@ -36,7 +38,8 @@ def write_hf(exported: ExportedModel, folder: str, to: str, dest: str, dtype: st
                          f'one name')
     text = exported.find_tokenizer(dataset)
     beside = [for_family(config, given.adapter, family, given.folder) for given in exported.beside]
-    write_hf_model(folder, name, config, exported.weights, DTYPES[dtype], text.eot)
+    write_hf_config(folder, name, config, DTYPES[dtype], text.eot)
+    write_hf_weights(folder, name, config, exported.weights, DTYPES[dtype], config.n_ids)
     tokenizer_files.write_tokenizer(folder, text, config.block_size)
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(ModelCard(exported, family, text, os.path.basename(os.path.abspath(dest)), dtype).to_text())

@@ -14,7 +14,7 @@ from sologpt.adapters.adapter import Adapter, merge, put_adapter
 from sologpt.adapters.base import load_base
 from sologpt.adapters.peft_files import read_adapter
 from sologpt.files.checkpoint import check_weights
-from sologpt.files.families import LINEARS
+from sologpt.files.family import LINEARS
 from sologpt.files.models import read_model
 from sologpt.matmuls.held import decode_base
 from sologpt.matmuls.sparse24 import Sparse24

@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
@@ -103,26 +104,40 @@ def _load(path, mmap):
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
-def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
     """Raises InputError, which names `source`, unless `weights` have the names and shapes of the model's."""
     own = model.state_dict()
+    _check_names(own, weights, source)
+    for name, tensor in own.items():
+        _check_shape(name, tensor, weights[name], source)
+
+
+def _check_names(own, weights, source):
     for name in sorted(own.keys() ^ weights.keys()):
         where = 'missing from' if name in own else 'unexpected in'
         raise InputError(f'{source}: the weight {name} is {where} the file: the file is of another architecture')
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise InputError(f'{source}: {name} has the shape {tuple(weights[name].shape)}, this model needs '
-                             f'{tuple(tensor.shape)}')
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+def _check_shape(name, own, given, source):
+    if own.shape != given.shape:
+        raise InputError(f'{source}: {name} has the shape {tuple(given.shape)}, this model needs {tuple(own.shape)}')
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str,
+                 kept: tuple[torch.dtype, ...] = ()) -> None:
     """
     Give `model`, which may be on the meta device, copies of `weights`. Raises InputError, which names `source`, if they
     do not fit.
+
+    kept: matrices and tables in these dtypes stay in them, all else becomes what the model has. No weight exists in a
+    larger dtype than it ends in.
     """
-    check_weights(model, weights, source)
-    copies = {}  # a parameter that has two names stays one
-    for name, p in model.state_dict(keep_vars=True).items():
+    own, copies = model.state_dict(keep_vars=True), {}  # a parameter that has two names stays one
+    _check_names(own, weights, source)
+    for name, p in own.items():
         if id(p) not in copies:
-            copies[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype).copy_(weights[name]))
-    model.load_state_dict({name: copies[id(p)] for name, p in model.state_dict(keep_vars=True).items()}, assign=True)
+            weight = weights[name]
+            _check_shape(name, p, weight, source)
+            dtype = weight.dtype if weight.dtype in kept and p.dim() >= 2 else p.dtype
+            copies[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=dtype).copy_(weight))
+    model.load_state_dict({name: copies[id(p)] for name, p in own.items()}, assign=True)

@@ -4,7 +4,7 @@ import os
 
 from configurator import InputError
 from sologpt.files.checkpoint import find_checkpoint, read_checkpoint
-from sologpt.files.families import read_hf_model
+from sologpt.files.hf_models import read_hf_model
 from sologpt.tokens import tokenizer, tokenizer_files
 
 

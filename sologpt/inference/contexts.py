@@ -32,6 +32,13 @@ class Context:
             raise ValueError(f'{end} tokens, but block_size is {len(table)}')
         return table[self.length:end]
 
+    def positions(self, T: int, block_size: int, device: torch.device) -> Tensor:
+        """(T,), the positions of the T tokens. Raises ValueError beyond block_size."""
+        end = self.length + T
+        if end > block_size:
+            raise ValueError(f'{end} tokens, but block_size is {block_size}')
+        return torch.arange(self.length, end, device=device)
+
     def previous(self, x: Tensor) -> Tensor:
         """x: (B, T, n_embd) -> (B, T, n_embd): for each position, x of the position before it, or zeros."""
         return torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)[:, :-1]
@@ -40,32 +47,36 @@ class Context:
         """The context in block number i, counted from 0."""
         return self
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def append(self, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """
-        k, v: (B, H, T, hd), of the tokens -> (k, v, mask).
+        k, v: (B, G, T, hd), of the tokens -> (k, v, mask).
 
-        k, v: (B, H, S, hd), of all S positions. mask: which of them each token may see, as attention.py describes it.
+        k, v: (B, G, S, hd), of the S positions that are read. mask: which of them each token may see, as attention.py
+        describes it. window: a token sees itself and the window - 1 positions before it; None: all before it.
         """
-        return k, v, None
+        T = k.size(2)
+        return k, v, causal_mask(T, T, k.device, window) if window and T > window else None
 
 
 class Documents(Context):
     """Each token sees itself and the tokens before it in its own document."""
 
-    def __init__(self, idx: Tensor, eot: int, make_mask: Callable[[Tensor], Any]):
+    def __init__(self, idx: Tensor, eot: int, make_mask: Callable[[Tensor], Any], windows: set[int | None]):
         """
         idx: (B, T) ids. eot: the id that begins a document. make_mask: a function of document_attention.py, which makes
-        the mask that the attention kernel takes. It is made once, for all layers.
+        the mask that the attention kernel takes. windows: those of the layers; each mask is made once.
         """
         self.begins = idx == eot
         position = torch.arange(idx.size(1), device=idx.device, dtype=torch.int32)
-        self.mask = make_mask(torch.where(self.begins, position, 0).cummax(dim=1).values)
+        starts = torch.where(self.begins, position, 0).cummax(dim=1).values
+        self.masks = {window: make_mask(torch.maximum(starts, position - window + 1) if window else starts)
+                      for window in windows}
 
     def previous(self, x: Tensor) -> Tensor:
         return super().previous(x).masked_fill(self.begins[..., None], 0.0)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
-        return k, v, self.mask
+    def append(self, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Any]:
+        return k, v, self.masks[window]
 
 
 class KVCache(Context):
@@ -74,10 +85,10 @@ class KVCache(Context):
     once.
     """
 
-    def __init__(self, n_layer: int, n_head: int, head_dim: int, batch: int, positions: int):
-        """n_layer, n_head, head_dim: the model's. batch: rows. positions: how many there is room for."""
+    def __init__(self, n_layer: int, n_kv_head: int, head_dim: int, batch: int, positions: int):
+        """n_layer, n_kv_head, head_dim: the model's. batch: rows. positions: how many there is room for."""
         self.last_embedding: Tensor | None = None  # (B, 1, n_embd), of the newest position
-        self.layers = [self.Layer((batch, n_head, positions, head_dim)) for _ in range(n_layer)]
+        self.layers = [self.Layer((batch, n_kv_head, positions, head_dim)) for _ in range(n_layer)]
 
     @property
     def length(self) -> int:
@@ -94,16 +105,20 @@ class KVCache(Context):
         """The keys and values of one block."""
 
         def __init__(self, shape: tuple[int, int, int, int]):
-            """shape: (B, H, positions, hd)."""
+            """shape: (B, G, positions, hd)."""
             self.shape, self.length, self.k, self.v = shape, 0, None, None
 
-        def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        def append(self, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
             if self.k is None:  # allocated here because autocast decides the dtype
                 self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
             start, T = self.length, k.size(2)
             S = self.length = start + T
             self.k[:, :, start:S], self.v[:, :, start:S] = k, v
-            return self.k[:, :, :S], self.v[:, :, :S], causal_mask(T, S, k.device) if 1 < T < S else None
+            seen = S if window is None else min(S, T + window - 1)  # by one of the tokens
+            k, v = (z[:, :, S - seen:S] for z in (self.k, self.v))
+            # without a mask, one token sees everything, and several are the first ones
+            needs_mask = T > 1 and (T < seen or window is not None and T > window)
+            return k, v, causal_mask(T, seen, k.device, window) if needs_mask else None
 
 
 class FixedCache(Context):
@@ -115,9 +130,9 @@ class FixedCache(Context):
     def __init__(self, cache: KVCache, positions: int):
         """Make room for caches like `cache`, with up to `positions` positions. copy_from() fills it."""
         k = cache.layers[0].k
-        B, H, _, hd = k.shape
+        B, G, _, hd = k.shape
         # zeros, because values that a query does not see are multiplied by zero, and not every number times 0 is 0
-        self.layers = [self.Layer(self, *(k.new_zeros(B, H, positions, hd) for _ in range(2))) for _ in cache.layers]
+        self.layers = [self.Layer(self, *(k.new_zeros(B, G, positions, hd) for _ in range(2))) for _ in cache.layers]
         self.last_embedding = None if cache.last_embedding is None else torch.zeros_like(cache.last_embedding)
         self.position = torch.zeros(1, dtype=torch.long, device=k.device)
 
@@ -133,6 +148,9 @@ class FixedCache(Context):
     def rows(self, table: Tensor, T: int) -> Tensor:
         return table.index_select(0, self.position)
 
+    def positions(self, T: int, block_size: int, device: torch.device) -> Tensor:
+        return self.position
+
     def previous(self, x: Tensor) -> Tensor:
         before = self.last_embedding.clone()
         self.last_embedding.copy_(x)
@@ -142,16 +160,15 @@ class FixedCache(Context):
         return self.layers[i]
 
     class Layer(Context):
-        """The keys and values of one block, (B, H, positions, hd)."""
+        """The keys and values of one block, (B, G, positions, hd)."""
 
         def __init__(self, whole: 'FixedCache', k: Tensor, v: Tensor):
             self.whole, self.k, self.v = whole, k, v
 
-        def rows(self, table: Tensor, T: int) -> Tensor:
-            return self.whole.rows(table, T)
-
-        def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def append(self, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
             position = self.whole.position
             self.k.index_copy_(2, position, k)
             self.v.index_copy_(2, position, v)
-            return self.k, self.v, (torch.arange(self.k.size(2), device=k.device) <= position)[None]
+            places = torch.arange(self.k.size(2), device=k.device)
+            mask = places <= position
+            return self.k, self.v, (mask if window is None else mask & (places > position - window))[None]

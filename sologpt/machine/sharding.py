@@ -60,7 +60,8 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None, com
 
 def _gathered_by_block(block):
     """The block's parameters, without those of its norms."""
-    return set(block.parameters()) - {p for norm in (block.ln_1, block.ln_2) for p in norm.parameters()}
+    norms = block.ln_1, block.ln_2, block.attn.q_norm, block.attn.k_norm
+    return set(block.parameters()) - {p for norm in norms for p in norm.parameters()}
 
 
 def is_share(tensor: torch.Tensor) -> bool:

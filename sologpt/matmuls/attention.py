@@ -4,7 +4,8 @@ Attention kernels: the same function, softmax(q k^T / sqrt(hd) + mask) v, comput
 Every kernel is called as attend(q, k, v, dropout, mask):
 
     q        (B, H, T, hd): queries
-    k, v     (B, H, S, hd): keys and values; the T queries are the last T of the S positions
+    k, v     (B, G, S, hd): keys and values; the T queries are the last T of the S positions. Each of the G heads
+             serves H / G heads of queries (grouped queries, https://arxiv.org/abs/2305.13245)
     dropout  the probability that a weight is dropped; 0 outside training
     mask     (T, S) or (B, 1, T, S) bool: True where a query may see a key. None means causal with T = S, or one query
              that sees every key
@@ -47,9 +48,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = 
     """Attention by torch's fused kernels for any length and any mask: (B, H, T, hd)."""
     if q.size(2) == 1 and mask is not None:
         return single_query(q, k, v, dropout, mask)
+    if mask is not None:  # on a GPU, no fused kernel takes both a mask and shared heads (transformers#39412)
+        k, v = (for_each_query(z, q.size(1)) for z in (k, v))
     is_causal = mask is None and q.size(2) > 1
     with sdpa_kernel(ANY_LENGTH, set_priority=True) if q.is_cuda else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal,
+                                              enable_gqa=q.size(1) != k.size(1))
 
 
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
@@ -57,7 +61,14 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | 
     sdpa() without a cache, a mask or dropout (T = S): (B, H, T, hd). It is one operation for every length, T = 1
     included, as torch.export needs it.
     """
+    k, v = (for_each_query(z, q.size(1)) for z in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def for_each_query(z: Tensor, H: int) -> Tensor:
+    """z: (B, G, S, hd), keys or values -> (B, H, S, hd), each head as often as it serves queries."""
+    B, G, S, hd = z.shape
+    return z if G == H else z[:, :, None].expand(B, G, H // G, S, hd).flatten(1, 2)
 
 
 def single_query(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor) -> Tensor:
@@ -67,14 +78,21 @@ def single_query(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor) 
     A fused kernel with a mask gives a whole head to one multiprocessor of the GPU. torch.compile spreads these sums
     over all of them.
     """
-    scores = (q.float() * k).sum(-1, keepdim=True).mT * q.size(-1) ** -0.5  # (B, H, 1, S)
-    weights = F.dropout(F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1), dropout, training=dropout > 0)
-    return (weights.mT * v).sum(-2, keepdim=True).to(v.dtype)
+    k, v = (z[:, :, None] for z in (k, v))  # (B, G, 1, S, hd)
+    shared = q.unflatten(1, (k.size(1), -1))  # (B, G, H/G, 1, hd): its queries read a key's head where it lies
+    scores = (shared.float() * k).sum(-1, keepdim=True).mT * q.size(-1) ** -0.5  # (B, G, H/G, 1, S)
+    weights = F.softmax(scores.masked_fill(~mask.unsqueeze(-3), -math.inf), dim=-1)
+    weights = F.dropout(weights, dropout, training=dropout > 0)
+    return (weights.mT * v).sum(-2, keepdim=True).to(v.dtype).flatten(1, 2)
 
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S) bool: which of S positions the last T may see. Torch's own is_causal takes the first T instead."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def causal_mask(T: int, S: int, device: torch.device, window: int | None = None) -> Tensor:
+    """
+    (T, S) bool: which of S positions the last T may see. Torch's own is_causal takes the first T instead. window: each
+    sees itself and the window - 1 positions before it; None: all before it.
+    """
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return mask if window is None else mask.triu(S - T - window + 1)
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
@@ -83,6 +101,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor
     if T == 1:
         return sdpa(q, k, v, dropout, mask)
     S = k.size(2)
+    k, v = (for_each_query(z, H) for z in (k, v))
     mask = causal_mask(T, S, q.device) if mask is None else mask
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
     q, k, v, bias = (z.flatten(0, 1) for z in (q, k, v, bias.expand(B, H, T, S)))
@@ -96,7 +115,8 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None =
     if mask is not None or q.size(2) == 1:
         return sdpa(q, k, v, dropout, mask)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *ANY_LENGTH], set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
+                                              enable_gqa=q.size(1) != k.size(1))
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | BlockMask | None = None) -> Tensor:
@@ -108,7 +128,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | BlockMa
         return sdpa(q, k, v, dropout, mask)
     if dropout:
         raise ValueError('FlexAttention has no dropout')
-    return flex_attention(q, k, v, block_mask=mask, kernel_options={'BACKEND': 'TRITON'} | flex_blocks(q))
+    return flex_attention(q, k, v, block_mask=mask, kernel_options={'BACKEND': 'TRITON'} | flex_blocks(q),
+                          enable_gqa=q.size(1) != k.size(1))
 
 
 def flex_blocks(q: Tensor) -> dict[str, int]:

@@ -1,10 +1,11 @@
 """
-Elementwise functions around the matmuls, with a backward of their own.
+Elementwise functions around the matmuls, with a backward of their own, and modules that apply them.
 
 They keep for the backward what the next matmul keeps anyway, so that they add no memory, and pass over it once less.
 """
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 RMS_EPS = 1e-6  # in every norm without a gain
@@ -35,6 +36,52 @@ class rms_norm(torch.autograd.Function):
         return (torch.addcmul(grad, y, along) * scale).to(y.dtype)
 
 
+class rms_norm_with_gain(torch.autograd.Function):
+    """
+    x / sqrt(mean(x^2) + eps) * gain over the last dimension. It is rounded once, at the end.
+
+    The backward reads x, which the residual stream keeps, and computes the rest again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square() / x.size(-1) + eps)
+        ctx.save_for_backward(x, gain, scale)
+        return (x * scale * gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gain, scale = ctx.saved_tensors
+        normed, d_gain = x * scale, None
+        if ctx.needs_input_grad[1]:
+            d_gain = (grad * normed).sum(tuple(range(x.dim() - 1)))
+        grad = grad * gain
+        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / -x.size(-1)
+        return (torch.addcmul(grad, normed, along) * scale).to(x.dtype), d_gain, None
+
+
+class swiglu(torch.autograd.Function):
+    """
+    silu(gate) * up of x = [gate, up], (..., 2n) -> (..., n) (https://arxiv.org/abs/2002.05202).
+
+    Only x is kept for the backward; autograd would keep silu(gate) as well.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat([d_gate, grad * F.silu(gate)], dim=-1)
+
+
 class relu_squared(torch.autograd.Function):
     """relu(x)^2 (https://arxiv.org/abs/2109.08668). Its backward takes one elementwise pass less than autograd's."""
 
@@ -48,3 +95,32 @@ class relu_squared(torch.autograd.Function):
     def backward(ctx, grad):
         y, = ctx.saved_tensors
         return (grad * y).mul_(2)
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    def forward(self, x, context=None):
+        """x: (..., n). The context is there because parts between the embedding and the first block are given it."""
+        return rms_norm.apply(x)
+
+
+class RMSNormWithGain(nn.Module):
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
+
+    def forward(self, x):
+        """x: (..., n)."""
+        return rms_norm_with_gain.apply(x, self.weight, self.eps)
+
+
+class ReLUSquared(nn.Module):
+    def forward(self, x):
+        return relu_squared.apply(x)
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x):
+        """x: (..., 2n), the gate and what it multiplies -> (..., n)."""
+        return swiglu.apply(x)

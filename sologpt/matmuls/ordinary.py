@@ -17,24 +17,25 @@ Tensor = torch.Tensor
 
 class OrdinaryMatmul(torch.autograd.Function):
     """
-    x, (tokens, in), times w^T -> (tokens, out), in the dtype of x; with parts=n, n tensors of (tokens, out / n).
+    x, (tokens, in), times w^T -> (tokens, out), in the dtype of x; with parts, a tensor of (tokens, rows) for each.
 
-    w: (out, in), in any dtype.
+    w: (out, in), in any dtype. parts: the rows of w that each part takes.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, parts: int = 1):
+    def forward(ctx, x: Tensor, w: Tensor, parts: tuple[int, ...] | None = None):
         ctx.w_dtype, w = w.dtype, cast(w, x.dtype)
         ctx.save_for_backward(x, w)
+        ctx.parts = parts or (len(w),)
         y = x @ w.mT
-        return y if parts == 1 else y.chunk(parts, dim=1)
+        return y.split(parts, dim=1) if parts else y
 
     @staticmethod
     def backward(ctx, *grads):
         x, w = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            of_parts = w.chunk(len(grads))
+            of_parts = w.split(ctx.parts)
             dx = grads[0] @ of_parts[0]
             for g, part in zip(grads[1:], of_parts[1:], strict=True):
                 dx = torch.addmm(dx, g, part)
@@ -64,17 +65,20 @@ def _can_widen(a):
     return a.dtype != torch.float32 and devices.is_nvidia(a.device)
 
 
-# ---- how attention gets its queries, keys and values, each (B, T, n, H, hd): n of the three -------------------------
+# ---- how attention gets its queries, (B, T, H, hd), and its keys and values, (B, T, G, hd) ---------------------------
 
-def packed(c_attn: nn.Module, x: Tensor, n_head: int) -> tuple[Tensor, ...]:
-    """Queries and keys, (B, T, 2, H, hd), and values, (B, T, 1, H, hd), of any c_attn: x, (B, T, in), -> 3 H hd."""
-    return c_attn(x).view(*x.shape[:2], 3, n_head, -1).split([2, 1], dim=2)
+def whole(c_attn: nn.Module, x: Tensor, heads: tuple[int, int]) -> tuple[Tensor, ...]:
+    """From any c_attn: x, (B, T, in), -> (B, T, (H + 2 G) hd). heads: (H, G)."""
+    H, G = heads
+    return c_attn(x).view(*x.shape[:2], H + 2 * G, -1).split((H, G, G), dim=2)
 
 
-def by_parts(c_attn: nn.Linear, x: Tensor, n_head: int) -> list[Tensor]:
-    """Queries, keys and values, each (B, T, 1, H, hd), of an ordinary Linear."""
-    dtype = devices.matmul_dtype(x)
-    parts = OrdinaryMatmul.apply(x.to(dtype).flatten(0, 1), c_attn.weight, 3)
+def by_parts(c_attn: nn.Linear, x: Tensor, heads: tuple[int, int]) -> list[Tensor]:
+    """From an ordinary Linear, as three tensors."""
+    H, G = heads
+    head_dim, dtype = c_attn.out_features // (H + 2 * G), devices.matmul_dtype(x)
+    rows = H * head_dim, G * head_dim, G * head_dim
+    parts = OrdinaryMatmul.apply(x.to(dtype).flatten(0, 1), c_attn.weight, rows)
     if c_attn.bias is not None:
-        parts = [part + bias for part, bias in zip(parts, c_attn.bias.to(dtype).chunk(3), strict=True)]
-    return [part.view(*x.shape[:2], 1, n_head, -1) for part in parts]
+        parts = [part + bias for part, bias in zip(parts, c_attn.bias.to(dtype).split(rows), strict=True)]
+    return [part.view(*x.shape[:2], n, head_dim) for part, n in zip(parts, (H, G, G), strict=True)]

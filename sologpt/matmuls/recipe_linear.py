@@ -143,9 +143,10 @@ def convert(model: nn.Module, spec: MatmulSpec, dtype: str, tokens: int, device:
     Each becomes a RecipeLinear of the same parameters, so that this comes before a model is sharded or replicated.
     dtype: the run's, a name. tokens: of a micro-batch. Raises InputError.
     """
-    n_layer, n_embd = model.config.n_layer, model.config.n_embd
+    n_layer = model.config.n_layer
     keep_last = spec.resolved(n_layer).keep_last
-    strategy = find_strategy(spec, device, dtype, (n_embd, 3 * n_embd, 4 * n_embd), tokens)
+    widths = {width for layer in block_linears(model) for width in layer.weight.shape}
+    strategy = find_strategy(spec, device, dtype, tuple(widths), tokens)
     for name, layer in _named_linears(model, keep_last):
         model.set_submodule(name, RecipeLinear(layer, strategy))
     kept = f', all but {keep_last} of {n_layer} blocks' if keep_last else ''

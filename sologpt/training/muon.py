@@ -56,7 +56,7 @@ def muon(model: nn.Module, learning_rate: float, weight_decay: float, betas: tup
         {'params': list(groups['matrices'].values()), 'peak_lr': muon_lr, 'weight_decay': weight_decay,
          'peak_momentum': momentum, 'momentum_warmup': momentum_warmup,
          # queries, keys and values are three matrices in one parameter
-         'parts': [3 if name.endswith('c_attn.weight') else 1 for name in groups['matrices']]},
+         'parts': [model.config.parts_of('.'.join(name.split('.')[3:5])) for name in groups['matrices']]},
         *({'params': list(groups[kind].values()), 'peak_lr': learning_rate if lr is None else lr, **adam}
           for kind, lr in rates.items())], iterations, dtype, keep, compile)
 
@@ -65,9 +65,9 @@ class Muon(torch.optim.Optimizer):
     """
     Groups with `parts` are Muon's, the others AdamW's.
 
-    A parameter with n parts is n matrices below each other. Matrices of one shape, or of its transpose, are
-    orthogonalised together. If processes share the parameters, each process orthogonalises some of them. An update is
-    -lr sqrt(max(1, rows / columns)) times a matrix whose singular values are near 1.
+    `parts` are the rows of the matrices that lie below each other in one parameter. Matrices of one shape, or of its
+    transpose, are orthogonalised together. If processes share the parameters, each process orthogonalises some of them.
+    An update is -lr sqrt(max(1, rows / columns)) times a matrix whose singular values are near 1.
     """
 
     def __init__(self, groups: list[dict], iterations: int, dtype: torch.dtype, keep: str, compile: bool):
@@ -91,7 +91,7 @@ class Muon(torch.optim.Optimizer):
                 adamw_step(group, self.state, self.moments, self.adamw)
 
     def _muon_step(self, group):
-        shares = []  # (parameter, update, learning rate, parts) of those that processes share
+        shares = []  # (parameter, update, parts) of those that processes share
         batches = defaultdict(list)  # shape -> (weight, update, learning rate) of its matrices, none of them tall
         decay = 1 - group['lr'] * group['weight_decay']
         for p, parts in zip(group['params'], group['parts'], strict=True):
@@ -99,16 +99,16 @@ class Muon(torch.optim.Optimizer):
                 continue
             if not self.state[p]:
                 self.state[p]['momentum'] = self.moments[0].new(p)
-            update = self.momentum(p, group['momentum'])
-            lr = group['lr'] * max(1, p.size(0) / parts / p.size(1)) ** 0.5
+            whole = self.momentum(p, group['momentum'])
             if sharding.is_share(p):
-                shares.append((p, update, lr, parts))
+                shares.append((p, whole, parts))
                 continue
-            for matrices in zip(p.chunk(parts), update.chunk(parts), strict=True):
+            for matrices in zip(p.split(parts), whole.split(parts), strict=True):
+                lr = group['lr'] * _for_shape(matrices[0])
                 weight, update = (m.mT if m.size(0) > m.size(1) else m for m in matrices)
                 batches[weight.shape].append((weight, update, lr))
         if shares:
-            self._update_shares(shares, decay)
+            self._update_shares(shares, group['lr'], decay)
         for batch in batches.values():
             updates = orthogonalize(torch.stack([update for _, update, _ in batch]), self.iterations, self.dtype)
             for (weight, _, lr), update in zip(batch, updates, strict=True):
@@ -132,30 +132,45 @@ class Muon(torch.optim.Optimizer):
         first.put_back(kept, parts)
         return out_of_rows(update, p)
 
-    def _update_shares(self, shares, decay):
+    def _update_shares(self, shares, lr, decay):
         shares.sort(key=lambda share: share[0].numel())  # so that processes side by side take the same time
 
         def orthogonal(i, update):
-            matrices = update.unflatten(0, (shares[i][-1], -1))
-            if matrices.size(1) > matrices.size(2):
-                return orthogonalize(matrices.mT, self.iterations, self.dtype).mT.flatten(0, 1)
-            return orthogonalize(matrices, self.iterations, self.dtype).flatten(0, 1)
-        for i, update in sharding.one_each([update for _, update, _, _ in shares], orthogonal):
-            p, _, lr, _ = shares[i]
-            p.to_local().mul_(decay).sub_(update, alpha=lr)
+            parts, groups = update.split(shares[i][-1]), defaultdict(list)
+            for number, matrix in enumerate(parts):
+                groups[matrix.shape].append(number)
+            for numbers in groups.values():
+                for number, result in zip(numbers, self._orthogonal([parts[n] for n in numbers]), strict=True):
+                    parts[number].copy_(result * _for_shape(result))
+            return update
+        for i, update in sharding.one_each([update for _, update, _ in shares], orthogonal):
+            shares[i][0].to_local().mul_(decay).sub_(update, alpha=lr)
+
+    def _orthogonal(self, matrices):
+        """Matrices of one shape."""
+        matrices = torch.stack(matrices)
+        if matrices.size(1) > matrices.size(2):
+            return orthogonalize(matrices.mT, self.iterations, self.dtype).mT
+        return orthogonalize(matrices, self.iterations, self.dtype)
 
     def flops(self) -> float:
         """FLOPs of a step's orthogonalisations in each process."""
         total, n = 0, self.iterations
         for group in self.param_groups:
             for p, parts in zip(group['params'], group.get('parts', ()), strict=False):
-                rows, columns = sorted((p.size(0) // parts, p.size(1)))
-                parts = parts / p.device_mesh.size() if sharding.is_share(p) else parts
-                if _on_small_side(p.device, self.dtype, rows, columns):
-                    total += parts * (2 * 2 * rows ** 2 * columns + (4 * n - 3) * 2 * rows ** 3)
-                else:
-                    total += parts * n * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
+                share = 1 / p.device_mesh.size() if sharding.is_share(p) else 1
+                for part in parts:
+                    rows, columns = sorted((part, p.size(1)))
+                    if _on_small_side(p.device, self.dtype, rows, columns):
+                        total += share * (2 * 2 * rows ** 2 * columns + (4 * n - 3) * 2 * rows ** 3)
+                    else:
+                        total += share * n * (2 * 2 * rows ** 2 * columns + 2 * rows ** 3)
         return total
+
+
+def _for_shape(matrix):
+    """The factor of the learning rate for a matrix with more rows than columns."""
+    return max(1, matrix.size(0) / matrix.size(1)) ** 0.5
 
 
 def momentum_of_rows(first: Moments, grad: torch.Tensor, kept: tuple[torch.Tensor, ...],

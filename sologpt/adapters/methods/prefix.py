@@ -80,6 +80,6 @@ class PrefixContext(Context):
         def __init__(self, k: Tensor, v: Tensor):
             self.k, self.v, self.length = k, v, k.size(2)
 
-        def append(self, k, v):
+        def append(self, k, v, window=None):
             k, v, T = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2), k.size(2)
-            return k, v, causal_mask(T, k.size(2), k.device)
+            return k, v, causal_mask(T, k.size(2), k.device, window)
