@@ -349,10 +349,9 @@ class GPT(nn.Module):
         """
         FLOPs of forward and backward per token at that length (PaLM, appendix B: https://arxiv.org/abs/2204.02311).
 
-        6 per weight used in a matmul, 4 if it is frozen, and 12 H hd T for the attention of a block, where a window counts
-        as T. The embedding tables are looked
-        up, not multiplied; a tied one counts as the head. A module that holds its weights in another way than an
-        nn.Linear has a `flops_per_token` of its own.
+        6 per weight used in a matmul, 4 if it is frozen, and 12 H hd T for the attention of a block, where T is at most
+        the block's window. The embedding tables are looked up, not multiplied; a tied one counts as the head. A module
+        that holds its weights in another way than an nn.Linear has a `flops_per_token` of its own.
         """
         c = self.config
         seen = [min(block_size or c.block_size, c.window_of(i) or math.inf) for i in range(c.n_layer)]

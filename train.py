@@ -63,21 +63,26 @@ total_batch_size: int | None = None  # tokens in a step; gradient_accumulation_s
 gradient_accumulation_steps: int | None = None  # micro-batches in a step, over all processes; None: what
 # ... total_batch_size asks for, or 40
 # model
-arch = 'gpt2'  # 'gpt2' (LayerNorm, learned positions, GELU, tied head) or 'modern' (RMSNorm, also of the embedding, the
-# ... queries and the keys; rotary positions; ReLU squared; an untied head; projections that begin at zero)
+arch = 'gpt2'  # 'gpt2' (LayerNorm, learned positions, GELU, tied head), 'modern' (RMSNorm, also of the embedding, the
+# ... queries and the keys; rotary positions; ReLU squared; an untied head; projections that begin at zero) or 'llama'
+# ... (RMSNorm with a gain, rotary positions, SwiGLU, an untied head)
 n_layer = 12
 n_head = 12
 n_embd = 768
+n_kv_head: int | None = None  # heads of keys and values, each for n_head / n_kv_head heads of queries; None: n_head
+head_dim: int | None = None  # the width of a head; None: n_embd / n_head
+n_inner: int | None = None  # the width within the MLP; None: 4 n_embd, with swiglu two thirds of that
 dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
-bias = False  # in LayerNorms and Linears
+bias: bool | str = False  # in LayerNorms and Linears; 'qkv': only of queries, keys and values
 smear = False  # each embedding takes in a gated part of the one before it
 document_mask = False  # attention and smear stay within a document, that is, between two ends of text; learned
 # ... positions still count from the start of the sequence
 # parts of the model (None: what arch says)
-norm: str | None = None  # 'layernorm' or 'rmsnorm'
+norm: str | None = None  # 'layernorm', 'rmsnorm' or 'rmsnorm_gain'
 positions: str | None = None  # 'learned' or 'rotary'
-qk_norm: bool | None = None  # normalise queries and keys
-activation: str | None = None  # 'gelu', 'gelu_new' or 'relu2'
+rope_base = 10000.0  # of rotary positions; larger for longer texts
+qk_norm: bool | str | None = None  # normalise queries and keys; 'gain': with a gain
+activation: str | None = None  # 'gelu', 'gelu_new', 'relu2' or 'swiglu'
 tied: bool | None = None  # the head is the embedding table
 zero_init: bool | None = None  # projections into the residual stream, and an untied head, begin at zero
 embd_norm: bool | None = None  # normalise the embedding

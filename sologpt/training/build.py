@@ -66,8 +66,8 @@ def build_model(config: dict, given: list[str], data: Data, machine: Machine, ru
     model = cls(model_config) if weights is None else cls.from_weights(model_config, weights, source)
     if adapter:
         take_base(adapter, model, source)
-    elif config['block_size'] < model.config.block_size:
-        model.crop_block_size(config['block_size'])
+    elif config['block_size'] < model.config.block_size and model.config.positions == 'learned':
+        model.crop_block_size(config['block_size'])  # as nanoGPT does; the others would not be trained
     n_params = model.n_params()
     matmul_how = prepare_model(model, config, adapter, machine.dtype, machine.device)
     if spec := parse_matmul(config['matmul']):
@@ -165,7 +165,7 @@ def new_model_config(config: dict, vocab_size: int) -> GPTConfig:
     """The GPTConfig of a new model for a tokenizer with so many ids."""
     keys = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', *PARTS)
     # GPUs multiply whole tiles, so the table is padded; other vocabularies of arch=gpt2 are as in nanoGPT
-    padded = config['arch'] == 'modern' or vocab_size == tokenizer.GPT2_VOCAB
+    padded = config['arch'] != 'gpt2' or vocab_size == tokenizer.GPT2_VOCAB
     rows = math.ceil(vocab_size / 64) * 64 if padded else vocab_size
     return GPTConfig(**{key: config[key] for key in keys}, vocab_size=rows, n_ids=vocab_size)
 

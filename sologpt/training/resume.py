@@ -14,8 +14,9 @@ from configurator import InputError, inherit
 from model import ARCHITECTURES, GPTConfig
 from sologpt.files import checkpoint
 
-PARTS = (*ARCHITECTURES['gpt2'], 'smear')
-ARCHITECTURE = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', *PARTS)  # what the weights' shapes follow from
+PARTS = (*ARCHITECTURES['gpt2'], 'n_kv_head', 'head_dim', 'n_inner', 'rope_base', 'smear')
+# what the weights' shapes and meaning follow from
+ARCHITECTURE = ('arch', 'n_layer', 'n_head', 'n_embd', 'block_size', *PARTS)
 ADAPTER = ('adapter', 'adapter_from', 'adapter_r', 'adapter_targets', 'lora_alpha', 'use_rslora', 'base_format')
 NOT_INHERITED = (
     'out_dir', 'init_from', 'eval_only', 'max_minutes', 'base',  # of this call
@@ -71,7 +72,7 @@ def overruled_key(config: dict, given: list[str]) -> str | None:
 def _take_over(namespace, config, given, run):
     model_config = GPTConfig.from_saved(run.saved['model_args'])
     saved = run.get('config', {}) | {key: getattr(model_config, key) for key in ARCHITECTURE}
-    if 'adapter' in run.saved:  # an adapter's sequences may be shorter than those of its base
+    if 'block_size' in run.get('config', {}):  # sequences may be shorter than those that the model can take in
         saved['block_size'] = run.saved['config']['block_size']
     for key in (*ARCHITECTURE, *ADAPTER):
         if key in given and config[key] not in (saved.get(key, ''), None):
