@@ -8,11 +8,12 @@ and tensors are those that llama.cpp reads for its architectures 'llama', 'qwen2
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
 from configurator import InputError
-from sologpt.exports.gguf_tokenizer import tokenizer_keys
-from sologpt.files.safetensors_files import cast_weight
+from sologpt.exports.gguf_tokenizer import TokenizerFiles, known_differences, tokenizer_keys
+from sologpt.files.safetensors_files import Tensors, cast_weight
 
 Tensor = torch.Tensor
 Pairs = Iterable[tuple[str, Tensor]]  # Hugging Face's name, and the tensor
@@ -30,47 +31,48 @@ INSIDE = {  # of a block
     'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
 
 
-def write_gguf_file(path: str, settings: dict, tensors: Callable[[bool], Pairs], tokenizer: dict,
-                    tokenizer_config: dict | None, ends: list[int], chat_template: str | None, name: str,
-                    dtype: str) -> str:
+def write_gguf_file(path: str, settings: dict, convert: Callable[[Tensors], Pairs], weights: Tensors,
+                    text: TokenizerFiles, name: str, dtype: str) -> str:
     """
     Write a GGUF file. Returns what it is, in words.
 
-    settings: the content of config.json. tensors(meta): the (name, tensor) pairs of model.safetensors, without values
-    if `meta` is True, in the same order both times. One converted tensor exists at a time. tokenizer,
-    tokenizer_config: the content of tokenizer.json and tokenizer_config.json. ends: the ids that end an answer.
-    chat_template: in Jinja. name: of the model, for people. dtype: of the matrices, a key of FORMATS. In 'q8_0', each
-    32 numbers of a row have 8 bits each and a scale of 16 bits. Vectors are float32. Raises InputError.
+    settings: the content of config.json. convert, weights: as for write_tensors(); convert() yields what
+    model.safetensors holds, and one tensor at a time becomes what the GGUF file holds. name: of the model, for people.
+    dtype: of the matrices, a key of FORMATS. In 'q8_0', 32 numbers of a row have 8 bits each, and a scale of 16 bits.
+    Vectors are float32. Raises InputError.
     """
     gguf = import_gguf()
     if dtype not in FORMATS:
         raise InputError(f'dtype={dtype!r} is not known: use {", ".join(FORMATS)}')
-    keys = {'general.name': name, 'general.file_type': FILE_TYPES[FORMATS[dtype]],
-            **({'general.quantization_version': gguf.GGML_QUANT_VERSION} if dtype == 'q8_0' else {}),
-            **model_keys(settings), **tokenizer_keys(tokenizer, tokenizer_config, settings, ends, chat_template)}
-    writer = gguf.GGUFWriter(None, ARCHITECTURES[settings['model_type']])
+    keys = {'general.name': name, 'general.file_type': FILE_TYPES[FORMATS[dtype]], **model_keys(settings),
+            **tokenizer_keys(text, settings)}
+    if dtype == 'q8_0':
+        keys['general.quantization_version'] = gguf.GGML_QUANT_VERSION
+    writer, formats = gguf.GGUFWriter(None, ARCHITECTURES[settings['model_type']]), {}
     for key, value in keys.items():
         add_key(writer, key, value)
-    formats = {}
-    for tensor_name, tensor in converted(tensors(True), settings):
+    no_values = {ours: tensor.to('meta') for ours, tensor in weights.items()}
+    for tensor_name, tensor in to_gguf(convert(no_values), settings):
         formats[tensor_name] = format_of(tensor, FORMATS[dtype])
         kind = gguf.GGMLQuantizationType[formats[tensor_name]]
         block, size = gguf.GGML_QUANT_SIZES[kind]  # numbers in a block, and its bytes
-        writer.add_tensor_info(tensor_name, tensor.shape, 'float32', tensor.numel() // block * size, raw_dtype=kind)
+        writer.add_tensor_info(tensor_name, tensor.shape, np.float32, tensor.numel() // block * size, raw_dtype=kind)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in converted(tensors(False), settings):
-            writer.write_tensor_data(encode(gguf, tensor_name, tensor, formats[tensor_name]))
+        for tensor_name, tensor in to_gguf(convert(weights), settings):
+            writer.write_tensor_data(encode(tensor_name, tensor, formats[tensor_name]))
     except OSError as e:
         raise InputError(f'could not write {path}: {e.strerror}') from None
     finally:
         writer.close()
-    odd = [tensor_name for tensor_name, written in formats.items() if dtype == 'q8_0' and written == 'F16']
-    words = f'{settings["model_type"]} as GGUF in {dtype}, {len(formats)} tensors'
-    return words + (f'; {len(odd)} of them in float16, because their rows are no multiples of 32: {", ".join(odd[:2])}'
-                    f'{", ..." if len(odd) > 2 else ""}' if odd else '')
+    words, odd = known_differences(text), [key for key, written in formats.items() if written != FORMATS[dtype]
+                                           and written == 'F16']
+    if odd:
+        words.append(f'{len(odd)} matrices are float16, because their rows are no multiples of 32: {", ".join(odd[:3])}'
+                     f'{", ..." if len(odd) > 3 else ""}')
+    return '; '.join([f'{settings["model_type"]} in {dtype} for llama.cpp, {len(formats)} tensors', *words])
 
 
 def import_gguf():
@@ -98,7 +100,7 @@ def model_keys(settings: dict) -> dict:
         raise InputError(f'model_type={model_type!r} cannot be written as GGUF here: only {", ".join(ARCHITECTURES)}')
     check_windows(settings)
     if model_type == 'qwen3' and settings.get('attention_bias'):
-        raise InputError('attention_bias=true: llama.cpp reads no biases for qwen3')
+        raise InputError('attention_bias=true: llama.cpp has no bias of o_proj for qwen3')
     heads, kv_heads, head_dim = attention_sizes(settings)
     keys = {
         'block_count': settings['num_hidden_layers'],
@@ -155,8 +157,8 @@ def rope_keys(settings: dict) -> dict:
     rope = rope_of(settings)
     keys, kind = {'rope.freq_base': float(rope['rope_theta'])}, rope['rope_type']
     if kind not in ('default', 'linear', 'yarn', 'llama3'):
-        raise InputError(f'rope_scaling of the type {kind!r} cannot be written as GGUF: llama.cpp does not compute it as '
-                         f'transformers does')
+        raise InputError(f'rope_scaling of the type {kind!r} cannot be written as GGUF: llama.cpp does not compute '
+                         f'it as transformers does')
     if kind in ('linear', 'yarn'):
         keys |= {'rope.scaling.type': kind, 'rope.scaling.factor': float(rope['factor'])}
     if kind == 'yarn':
@@ -185,7 +187,7 @@ def rope_factors(settings: dict) -> Tensor:
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
-def converted(tensors: Pairs, settings: dict) -> Pairs:
+def to_gguf(tensors: Pairs, settings: dict) -> Pairs:
     """The tensors by the names of GGUF, and as llama.cpp expects them. Raises InputError for an unknown one."""
     rotates_pairs = ARCHITECTURES[settings['model_type']] == 'llama'
     heads, kv_heads, _ = attention_sizes(settings)
@@ -229,9 +231,10 @@ def format_of(tensor: Tensor, wanted: str) -> str:
     return 'F16' if wanted == 'Q8_0' and tensor.shape[-1] % 32 else wanted
 
 
-def encode(gguf, name: str, tensor: Tensor, written: str):
-    """The numbers of a tensor in a format, as a numpy array. Raises InputError if they are too large for it."""
+def encode(name: str, tensor: Tensor, written: str) -> np.ndarray:
+    """The numbers of a tensor in a format. Raises InputError if they are too large for it."""
     if written == 'Q8_0':
-        return gguf.quants.quantize(cast_weight(name, tensor, torch.float32).numpy(), gguf.GGMLQuantizationType.Q8_0)
+        from gguf.quants import GGMLQuantizationType, quantize
+        return quantize(cast_weight(name, tensor, torch.float32).numpy(), GGMLQuantizationType.Q8_0)
     numbers = cast_weight(name, tensor, CAST[written])
     return (numbers.view(torch.int16) if written == 'BF16' else numbers).numpy()  # numpy has no bfloat16

@@ -9,6 +9,7 @@ merges are all such pairs, and those of one token stand together.
 Not handled: Unigram, WordPiece, WordLevel, and rules for splitting that llama.cpp has under other names.
 """
 
+from dataclasses import dataclass
 from itertools import groupby
 
 from configurator import InputError
@@ -29,38 +30,57 @@ WORDS = {(GPT2,): 'gpt-2', (TIKTOKEN_GPT2,): 'gpt-2', (DIGITS, GPT2): 'smollm', 
          (QWEN2,): 'qwen2'}
 
 
-def tokenizer_keys(tokenizer: dict, settings: dict | None, config: dict, ends: list[int],
-                   chat_template: str | None) -> dict:
+@dataclass
+class TokenizerFiles:
+    """What Hugging Face's files say about the tokenizer of a model, and about the end of a text."""
+    tokenizer: dict  # the content of tokenizer.json
+    settings: dict  # that of tokenizer_config.json, or {}
+    ends: list[int]  # the ids that end an answer: eos_token_id of generation_config.json
+    chat_template: str | None = None  # in Jinja
+
+
+def tokenizer_keys(files: TokenizerFiles, config: dict) -> dict:
     """
     The keys of GGUF about a tokenizer, with their values.
 
-    tokenizer: the content of tokenizer.json. settings: that of tokenizer_config.json. config: that of config.json,
-    whose vocab_size is the number of tokens in the file. ends: the ids that end an answer. chat_template: in Jinja.
-    Raises InputError for a tokenizer that llama.cpp does not have.
+    config: the content of config.json, whose vocab_size is the number of tokens in the file. Raises InputError for a
+    tokenizer that llama.cpp does not have.
     """
-    settings = settings or {}
-    kind, rows = tokenizer['model'].get('type'), config['vocab_size']
+    tokenizer, rows = files.tokenizer, config['vocab_size']
+    kind = tokenizer['model'].get('type')
     if kind != 'BPE':
         raise InputError(f'the tokenizer.json is of the kind {kind}: a GGUF file can be written with a byte-level BPE, '
                          f'or with the BPE of SentencePiece')
     ids = tokenizer['model']['vocab'] | {added['content']: added['id'] for added in tokenizer['added_tokens']}
-    largest = max([*ids.values(), *ends])
+    largest = max([*ids.values(), *files.ends])
     if largest >= rows:
         raise InputError(f'the tokenizer has the id {largest}, and the model only vocab_size={rows} rows')
-    of_kind = sentencepiece_keys if tokenizer['model'].get('byte_fallback') else byte_level_keys
-    keys = of_kind(tokenizer) | special_ids(tokenizer, settings, config, ids, ends)
     tokens, types = token_table(tokenizer, ids, rows)
-    keys |= {'tokens': tokens, 'token_type': types}
-    if keys['model'] == 'llama':
-        scores = keys.pop('scores')
-        keys['scores'] = [scores.get(token, 0.0) for token in tokens]
+    of_kind = sentencepiece_keys if is_sentencepiece(tokenizer) else byte_level_keys
+    keys = of_kind(tokenizer, tokens) | special_ids(files, config, ids) | {'tokens': tokens, 'token_type': types}
     keys = {f'tokenizer.ggml.{key}': value for key, value in keys.items() if value is not None}
-    return keys | ({'tokenizer.chat_template': chat_template} if chat_template else {})
+    return keys | ({'tokenizer.chat_template': files.chat_template} if files.chat_template else {})
+
+
+def known_differences(files: TokenizerFiles) -> list[str]:
+    """What llama.cpp will do differently from the files, in words."""
+    words = []
+    if (files.tokenizer.get('pre_tokenizer') or {}).get('type') == 'Metaspace':
+        words.append('llama.cpp puts a space before every text, also before one that begins with a space or follows a '
+                     'special token')
+    if len(set(files.ends)) > 3:
+        words.append(f'GGUF has keys for 3 of the {len(set(files.ends))} ids that end an answer')
+    return words
+
+
+def is_sentencepiece(tokenizer: dict) -> bool:
+    """Whether a BPE is one of characters, with tokens of bytes for those that it does not have."""
+    return bool(tokenizer['model'].get('byte_fallback'))
 
 
 def token_table(tokenizer: dict, ids: dict[str, int], rows: int) -> tuple[list[str], list[int]]:
     """The text and the type of each id. Ids that no token has are unused, with a name that no other token has."""
-    sentencepiece = bool(tokenizer['model'].get('byte_fallback'))
+    sentencepiece, unknown = is_sentencepiece(tokenizer), tokenizer['model'].get('unk_token')
     tokens, types = [f'[PAD{i}]' for i in range(rows)], [UNUSED] * rows
     for token, i in ids.items():
         tokens[i], types[i] = token, BYTE if sentencepiece and token in BYTE_TOKENS else NORMAL
@@ -68,22 +88,22 @@ def token_table(tokenizer: dict, ids: dict[str, int], rows: int) -> tuple[list[s
         i, types[added['id']] = added['id'], CONTROL if added['special'] else USER_DEFINED
         if sentencepiece and not added['special']:
             tokens[i] = added['content'].replace(SPACE, ' ')
-    if sentencepiece and tokenizer['model'].get('unk_token') in ids:
-        types[ids[tokenizer['model']['unk_token']]] = UNKNOWN
+    if sentencepiece and unknown in ids:
+        types[ids[unknown]] = UNKNOWN
     return tokens, types
 
 
 # ---- the two kinds ---------------------------------------------------------------------------------------------------
 
-def byte_level_keys(tokenizer: dict) -> dict:
+def byte_level_keys(tokenizer: dict, tokens: list[str]) -> dict:
     """What is special to a byte-level BPE: the name of its rule for words, and its merges. Raises InputError."""
     model, normalizer = tokenizer['model'], tokenizer.get('normalizer')
     if normalizer not in (None, {'type': 'NFC'}):
         raise InputError(f'tokenizer.json has the normalizer {normalizer}, which llama.cpp does not have')
     merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
     if not merges:  # each byte is a token, and words do not matter. llama.cpp needs a merge: this one never applies.
-        longest = max(model['vocab'], key=len)
-        return {'model': 'gpt2', 'pre': 'gpt-2', 'merges': [f'{longest}{longest} {longest}{longest}']}
+        absent = ''.join(tokens)
+        return {'model': 'gpt2', 'pre': 'gpt-2', 'merges': [f'{absent} {absent}']}
     words = word_rule(tokenizer.get('pre_tokenizer'))
     if words not in WORDS:
         raise InputError(f'tokenizer.json splits text into words by {" then ".join(words) or "no rule"}, which '
@@ -113,9 +133,9 @@ def word_rule(pre_tokenizer: dict | None) -> tuple[str, ...]:
     return tuple(words)
 
 
-def sentencepiece_keys(tokenizer: dict) -> dict:
+def sentencepiece_keys(tokenizer: dict, tokens: list[str]) -> dict:
     """
-    What is special to the BPE of SentencePiece: token -> score, and whether a text begins with a space. Raises
+    What is special to the BPE of SentencePiece: a score per token, and whether a text begins with a space. Raises
     InputError.
     """
     model = tokenizer['model']
@@ -130,7 +150,8 @@ def sentencepiece_keys(tokenizer: dict) -> dict:
     if pairs != set(merges) or len(joined) > len(set(joined)):
         raise InputError('the merges of tokenizer.json are not those of SentencePiece: llama.cpp would join other '
                          'tokens')
-    return {'model': 'llama', 'pre': 'default', 'scores': {token: -float(rank) for rank, token in enumerate(joined)},
+    score = {token: -float(rank) for rank, token in enumerate(joined)}
+    return {'model': 'llama', 'pre': 'default', 'scores': [score.get(token, 0.0) for token in tokens],
             'add_space_prefix': adds_space(tokenizer)}
 
 
@@ -151,21 +172,22 @@ def adds_space(tokenizer: dict) -> bool:
 
 # ---- special tokens --------------------------------------------------------------------------------------------------
 
-def special_ids(tokenizer: dict, settings: dict, config: dict, ids: dict[str, int], ends: list[int]) -> dict:
+def special_ids(files: TokenizerFiles, config: dict, ids: dict[str, int]) -> dict:
     """The ids of the tokens that begin, end and pad a text, and which of them llama.cpp adds to a text by itself."""
     def named(key):
-        token = settings.get(key)
+        token = files.settings.get(key)
         return ids.get(token['content'] if isinstance(token, dict) else token)
-    before, after = template_ids(tokenizer.get('post_processor'), ids)
-    eos = named('eos_token')
+    ends, eos = files.ends, named('eos_token')
+    before, after = template_ids(files.tokenizer.get('post_processor'), ids)
     eos = eos if eos is not None and (eos in ends or not ends) else next(iter(ends), None)
     others = [end for end in ends if end != eos] + [None, None]
     bos = next((i for i in (before, named('bos_token'), config.get('bos_token_id'), eos) if i is not None), None)
     return {
         # llama.cpp takes number 1 or 11 for an id that is missing
         'bos_token_id': bos, 'eos_token_id': eos, 'eot_token_id': others[0], 'eom_token_id': others[1],
-        'unknown_token_id': ids.get(tokenizer['model'].get('unk_token')), 'padding_token_id': named('pad_token'),
-        'add_bos_token': before is not None or bool(settings.get('add_bos_token')) and bos is not None,
+        'unknown_token_id': ids.get(files.tokenizer['model'].get('unk_token')),
+        'padding_token_id': named('pad_token'),
+        'add_bos_token': before is not None or bool(files.settings.get('add_bos_token')) and bos is not None,
         'add_eos_token': after is not None and after == eos,
     }
 
