@@ -54,7 +54,7 @@ def tokenizer_keys(files: TokenizerFiles, config: dict) -> dict:
     ids = tokenizer['model']['vocab'] | {added['content']: added['id'] for added in tokenizer['added_tokens']}
     largest = max([*ids.values(), *files.ends])
     if largest >= rows:
-        raise InputError(f'the tokenizer has the id {largest}, and the model only vocab_size={rows} rows')
+        raise InputError(f'the files of the tokenizer have the id {largest}, and the model only vocab_size={rows} rows')
     tokens, types = token_table(tokenizer, ids, rows)
     of_kind = sentencepiece_keys if is_sentencepiece(tokenizer) else byte_level_keys
     keys = of_kind(tokenizer, tokens) | special_ids(files, config, ids) | {'tokens': tokens, 'token_type': types}
@@ -100,37 +100,37 @@ def byte_level_keys(tokenizer: dict, tokens: list[str]) -> dict:
     model, normalizer = tokenizer['model'], tokenizer.get('normalizer')
     if normalizer not in (None, {'type': 'NFC'}):
         raise InputError(f'tokenizer.json has the normalizer {normalizer}, which llama.cpp does not have')
+    words = word_rule(tokenizer.get('pre_tokenizer'))
     merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
     if not merges:  # each byte is a token, and words do not matter. llama.cpp needs a merge: this one never applies.
         absent = ''.join(tokens)
         return {'model': 'gpt2', 'pre': 'gpt-2', 'merges': [f'{absent} {absent}']}
-    words = word_rule(tokenizer.get('pre_tokenizer'))
     if words not in WORDS:
         raise InputError(f'tokenizer.json splits text into words by {" then ".join(words) or "no rule"}, which '
                          f'llama.cpp has under none of the names {", ".join(sorted(set(WORDS.values())))}')
     whole_words_first = bool(model.get('ignore_merges'))
     if whole_words_first != (WORDS[words] == 'llama-bpe'):
-        raise InputError(f'tokenizer.json has ignore_merges={whole_words_first}, and llama.cpp the opposite for words '
-                         f'that are split as {WORDS[words]}')
+        raise InputError(f'tokenizer.json has ignore_merges={str(whole_words_first).lower()}, and llama.cpp the '
+                         f'opposite for the rule {WORDS[words]}')
     return {'model': 'gpt2', 'pre': WORDS[words], 'merges': merges}
 
 
 def word_rule(pre_tokenizer: dict | None) -> tuple[str, ...]:
-    """The steps by which a pre_tokenizer splits text into words, as in WORDS."""
-    steps = pre_tokenizer or {'type': 'Sequence', 'pretokenizers': []}
-    steps = steps['pretokenizers'] if steps['type'] == 'Sequence' else [steps]
+    """The steps by which a pre_tokenizer splits text into words, as in WORDS. Raises InputError without bytes."""
+    steps = pre_tokenizer or {'type': 'none'}
+    *steps, level = steps['pretokenizers'] if steps['type'] == 'Sequence' else [steps]
+    if level['type'] != 'ByteLevel' or level.get('add_prefix_space', True):
+        raise InputError(f'tokenizer.json is no byte-level BPE that llama.cpp has: the pre_tokenizer ends with {level}')
     words = []
     for step in steps:
         pattern = (step.get('pattern') or {}).get('Regex')
-        if step['type'] == 'ByteLevel' and not step.get('add_prefix_space', True):
-            words += [GPT2] if step.get('use_regex', True) else []
-        elif step['type'] == 'Digits' and step.get('individual_digits'):
-            words += [DIGITS]
+        if step['type'] == 'Digits' and step.get('individual_digits'):
+            words.append(DIGITS)
         elif step['type'] == 'Split' and pattern and step['behavior'] == 'Isolated' and not step.get('invert'):
-            words += [pattern]
+            words.append(pattern)
         else:
-            words += [str(step)]
-    return tuple(words)
+            words.append(str(step))
+    return (*words, GPT2) if level.get('use_regex', True) else tuple(words)
 
 
 def sentencepiece_keys(tokenizer: dict, tokens: list[str]) -> dict:
