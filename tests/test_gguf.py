@@ -161,6 +161,15 @@ def test_all_tensors_and_keys_are_what_llama_cpp_reads(case, byte_level, tmp_pat
         'rope.freq_base': np.float32(settings['rope_parameters']['rope_theta'])}
 
 
+@pytest.mark.parametrize('kind', ['llama', 'mistral', 'qwen2', 'qwen3'])
+def test_absent_keys_have_the_values_of_transformers(kind):
+    settings = {'model_type': kind, 'hidden_size': 256, 'num_attention_heads': 32}
+    theirs = transformers.AutoConfig.for_model(**settings)
+    head_dim = getattr(theirs, 'head_dim', None) or 8
+    assert exports.attention_sizes(settings) == (32, theirs.num_key_value_heads, head_dim)
+    assert exports.rope_of(settings | {'max_position_embeddings': 64})['rope_theta'] == 10000
+
+
 @pytest.mark.parametrize('case', ['llama', 'mistral', 'qwen2', 'qwen3'])
 def test_transformers_reads_the_same_model_from_float16(case, byte_level, tmp_path):
     model, settings = tiny(*MODELS[case])
@@ -346,8 +355,9 @@ def test_a_sentencepiece_tokenizer_of_another_kind_is_refused(sentencepiece, byt
     model = sentencepiece['model']
     merges = model['merges']
     again = next(i for i in range(1, len(merges)) if ''.join(merges[i]) == ''.join(merges[i - 1]))
+    apart = merges[:again] + merges[again + 1:] + [merges[again]]
     for changes, why in (({'model': model | {'merges': merges[1:]}}, 'merges'),
-                         ({'model': model | {'merges': merges[:again] + merges[again + 1:] + [merges[again]]}}, 'merges'),
+                         ({'model': model | {'merges': apart}}, 'merges'),
                          ({'model': model | {'vocab': {t: i for t, i in model['vocab'].items() if t != '<0x41>'}}},
                           'byte_fallback'),
                          ({'normalizer': None}, 'spaces')):
