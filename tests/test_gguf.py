@@ -13,7 +13,7 @@ import transformers
 
 from configurator import InputError
 from sologpt.exports import gguf as exports
-from sologpt.exports.gguf_tokenizer import LLAMA3, QWEN2, SPACE, TokenizerFiles, tokenizer_keys
+from sologpt.exports.gguf_tokenizer import LLAMA3, QWEN2, SPACE, TokenizerFiles, known_differences, tokenizer_keys
 
 gguf = pytest.importorskip('gguf')
 
@@ -306,6 +306,9 @@ def test_a_bpe_of_sentencepiece_has_scores_that_join_the_same_tokens(sentencepie
     metaspace = sentencepiece | {'normalizer': None, 'pre_tokenizer': {
         'type': 'Metaspace', 'replacement': SPACE, 'prepend_scheme': 'never', 'split': False}}
     assert keys_of(metaspace, rows=384)['add_space_prefix'] is False
+    first = metaspace | {'pre_tokenizer': metaspace['pre_tokenizer'] | {'prepend_scheme': 'first'}}
+    differences = [known_differences(TokenizerFiles(one, {}, [])) for one in (sentencepiece, metaspace, first)]
+    assert list(map(len, differences)) == [0, 0, 1]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

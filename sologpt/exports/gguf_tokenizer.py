@@ -64,8 +64,8 @@ def tokenizer_keys(files: TokenizerFiles, config: dict) -> dict:
 
 def known_differences(files: TokenizerFiles) -> list[str]:
     """What llama.cpp will do differently from the files, in words."""
-    words = []
-    if (files.tokenizer.get('pre_tokenizer') or {}).get('type') == 'Metaspace':
+    words, step = [], files.tokenizer.get('pre_tokenizer') or {}
+    if step.get('type') == 'Metaspace' and adds_space(files.tokenizer):
         words.append('llama.cpp puts a space before every text, also before one that begins with a space or follows a '
                      'special token')
     if len(set(files.ends)) > 3:
