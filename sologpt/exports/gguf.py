@@ -6,19 +6,24 @@ and tensors are those that llama.cpp reads for its architectures 'llama', 'qwen2
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from configurator import InputError
+from model import GPTConfig
 from sologpt.exports.gguf_tokenizer import TokenizerFiles, known_differences, tokenizer_keys
-from sologpt.files.safetensors_files import Tensors, cast_weight
+from sologpt.files.families import FAMILIES
+from sologpt.files.family import Tensors
+from sologpt.files.hf_models import to_theirs
+from sologpt.files.safetensors_files import cast_weight
+from sologpt.matmuls.rotary import frequencies
 
 Tensor = torch.Tensor
 Pairs = Iterable[tuple[str, Tensor]]  # Hugging Face's name, and the tensor
 
-ARCHITECTURES = {'llama': 'llama', 'mistral': 'llama', 'qwen2': 'qwen2', 'qwen3': 'qwen3'}  # model_type -> llama.cpp's
+ARCHITECTURES = {'llama': 'llama', 'mistral': 'llama', 'qwen2': 'qwen2', 'qwen3': 'qwen3'}  # family -> llama.cpp's
 FORMATS = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}  # dtype -> its name in GGUF
 FILE_TYPES = {'F32': 0, 'F16': 1, 'BF16': 32, 'Q8_0': 7}  # a number of most of the tensors, which only describes
 CAST = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
@@ -31,28 +36,30 @@ INSIDE = {  # of a block
     'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
 
 
-def write_gguf_file(path: str, settings: dict, convert: Callable[[Tensors], Pairs], weights: Tensors,
-                    text: TokenizerFiles, name: str, dtype: str) -> str:
+def write_gguf_file(path: str, config: GPTConfig, family: str, weights: Tensors, text: TokenizerFiles, name: str,
+                    dtype: str) -> str:
     """
     Write a GGUF file. Returns what it is, in words.
 
-    settings: the content of config.json. convert, weights: as for write_tensors(); convert() yields what
-    model.safetensors holds, and one tensor at a time becomes what the GGUF file holds. name: of the model, for people.
+    family: a key of FAMILIES. weights: ours; one at a time becomes what the file holds. name: of the model, for people.
     dtype: of the matrices, a key of FORMATS. In 'q8_0', 32 numbers of a row have 8 bits each, and a scale of 16 bits.
     Vectors are float32. Raises InputError.
     """
     gguf = import_gguf()
     if dtype not in FORMATS:
         raise InputError(f'dtype={dtype!r} is not known: use {", ".join(FORMATS)}')
-    keys = {'general.name': name, 'general.file_type': FILE_TYPES[FORMATS[dtype]], **model_keys(settings),
-            **tokenizer_keys(text, settings)}
+    keys = {'general.name': name, 'general.file_type': FILE_TYPES[FORMATS[dtype]], **model_keys(config, family),
+            **tokenizer_keys(text, config.vocab_size)}
     if dtype == 'q8_0':
         keys['general.quantization_version'] = gguf.GGML_QUANT_VERSION
-    writer, formats = gguf.GGUFWriter(None, ARCHITECTURES[settings['model_type']]), {}
+
+    def convert(weights):
+        return to_gguf(to_theirs(FAMILIES[family], config, weights, config.vocab_size), config, family)
+    writer, formats = gguf.GGUFWriter(None, ARCHITECTURES[family]), {}
     for key, value in keys.items():
         add_key(writer, key, value)
     no_values = {ours: tensor.to('meta') for ours, tensor in weights.items()}
-    for tensor_name, tensor in to_gguf(convert(no_values), settings):
+    for tensor_name, tensor in convert(no_values):
         formats[tensor_name] = format_of(tensor, FORMATS[dtype])
         kind = gguf.GGMLQuantizationType[formats[tensor_name]]
         block, size = gguf.GGML_QUANT_SIZES[kind]  # numbers in a block, and its bytes
@@ -61,7 +68,7 @@ def write_gguf_file(path: str, settings: dict, convert: Callable[[Tensors], Pair
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in to_gguf(convert(weights), settings):
+        for tensor_name, tensor in convert(weights):
             writer.write_tensor_data(encode(tensor_name, tensor, formats[tensor_name]))
     except OSError as e:
         raise InputError(f'could not write {path}: {e.strerror}') from None
@@ -72,7 +79,7 @@ def write_gguf_file(path: str, settings: dict, convert: Callable[[Tensors], Pair
     if odd:
         words.append(f'{len(odd)} matrices are float16, because their rows are no multiples of 32: {", ".join(odd[:3])}'
                      f'{", ..." if len(odd) > 3 else ""}')
-    return '; '.join([f'{settings["model_type"]} in {dtype} for llama.cpp, {len(formats)} tensors', *words])
+    return '; '.join([f'{family} in {dtype} for llama.cpp, {len(formats)} tensors', *words])
 
 
 def import_gguf():
@@ -91,116 +98,68 @@ def add_key(writer, key: str, value: bool | int | float | str | list) -> None:
     add(key, value)
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------------------
 
-def model_keys(settings: dict) -> dict:
-    """The keys about the model, from the content of config.json. Raises InputError for what llama.cpp does not do."""
-    model_type = settings.get('model_type')
-    if model_type not in ARCHITECTURES:
-        raise InputError(f'model_type={model_type!r} cannot be written as GGUF here: only {", ".join(ARCHITECTURES)}')
-    check_windows(settings)
-    if model_type == 'qwen3' and settings.get('attention_bias'):
+def model_keys(config: GPTConfig, family: str) -> dict:
+    """The keys about the model. Raises InputError for what llama.cpp does not do."""
+    if family not in ARCHITECTURES:
+        raise InputError(f'a model of the family {family} cannot be written as GGUF here: only '
+                         f'{", ".join(ARCHITECTURES)}')
+    window = min(config.window_of(i) or math.inf for i in range(config.n_layer))
+    if window < config.block_size:
+        raise InputError(f'sliding_window={window} is in use, and llama.cpp ignores it for {family}: beyond {window} '
+                         f'tokens its text would differ')
+    if family == 'qwen3' and config.bias:
         raise InputError('attention_bias=true: llama.cpp has no bias of o_proj for qwen3')
-    heads, kv_heads, head_dim = attention_sizes(settings)
     keys = {
-        'block_count': settings['num_hidden_layers'],
-        'context_length': settings['max_position_embeddings'],
-        'embedding_length': settings['hidden_size'],
-        'feed_forward_length': settings['intermediate_size'],
-        'vocab_size': settings['vocab_size'],
-        'attention.head_count': heads,
-        'attention.head_count_kv': kv_heads,
-        'attention.key_length': head_dim,
-        'attention.value_length': head_dim,
-        'attention.layer_norm_rms_epsilon': float(settings.get('rms_norm_eps', 1e-6)),
-        'rope.dimension_count': head_dim,
-        **rope_keys(settings),
+        'block_count': config.n_layer, 'context_length': config.block_size, 'embedding_length': config.n_embd,
+        'feed_forward_length': config.n_inner, 'vocab_size': config.vocab_size,
+        'attention.head_count': config.n_head, 'attention.head_count_kv': config.n_kv_head,
+        'attention.key_length': config.head_dim, 'attention.value_length': config.head_dim,
+        'attention.layer_norm_rms_epsilon': float(config.norm_eps), 'rope.dimension_count': config.head_dim,
+        'rope.freq_base': float(config.rope_base), **scaling_keys(config.rope_scaling or {}),
     }
-    return {f'{ARCHITECTURES[model_type]}.{key}': value for key, value in keys.items()}
+    return {f'{ARCHITECTURES[family]}.{key}': value for key, value in keys.items()}
 
 
-def attention_sizes(settings: dict) -> tuple[int, int, int]:
-    """Heads, heads of keys and values, and the width of a head. Defaults are those of transformers."""
-    model_type, heads = settings['model_type'], settings['num_attention_heads']
-    kv_heads = settings.get('num_key_value_heads', {'mistral': 8, 'qwen2': 32, 'qwen3': 32}.get(model_type))
-    head_dim = settings.get('head_dim', 128 if model_type == 'qwen3' else None)
-    return heads, kv_heads or heads, head_dim or settings['hidden_size'] // heads
-
-
-def check_windows(settings: dict) -> None:
-    """Raises InputError if a block attends to a window of the last tokens, which llama.cpp ignores for these models."""
-    layers = settings['num_hidden_layers']
-    if settings['model_type'] == 'mistral':
-        window, windowed = settings.get('sliding_window', 4096), layers
-    elif settings.get('use_sliding_window'):
-        kinds = settings.get('layer_types')
-        windowed = (kinds.count('sliding_attention') if kinds else layers - settings.get('max_window_layers', 28))
-        window = settings.get('sliding_window', 4096)
-    else:
-        return
-    if window is not None and windowed > 0 and window < settings['max_position_embeddings']:
-        raise InputError(f'sliding_window={window} is in use, and llama.cpp ignores it for {settings["model_type"]}: '
-                         f'beyond {window} tokens its text would differ')
-
-
-def rope_of(settings: dict) -> dict:
-    """Settings of the rotary embedding in one form, for those of transformers 4 and 5."""
-    given = settings.get('rope_parameters') or settings.get('rope_scaling') or {}
-    theta = given.get('rope_theta', settings.get('rope_theta', 10000.0))
-    kind = given.get('rope_type', given.get('type', 'default'))
-    return {'original_max_position_embeddings': settings['max_position_embeddings'],
-            **given, 'rope_theta': theta, 'rope_type': kind}
-
-
-def rope_keys(settings: dict) -> dict:
-    """The keys about the rotary embedding. Those of llama3 are in a tensor, see rope_factors(). Raises InputError."""
-    rope = rope_of(settings)
-    keys, kind = {'rope.freq_base': float(rope['rope_theta'])}, rope['rope_type']
-    if kind not in ('default', 'linear', 'yarn', 'llama3'):
-        raise InputError(f'rope_scaling of the type {kind!r} cannot be written as GGUF: llama.cpp does not compute '
-                         f'it as transformers does')
-    if kind in ('linear', 'yarn'):
-        keys |= {'rope.scaling.type': kind, 'rope.scaling.factor': float(rope['factor'])}
+def scaling_keys(scaling: dict) -> dict:
+    """
+    The keys about the scaling of rotary positions. That of llama3 is in a tensor instead, rope_freqs. Raises
+    InputError.
+    """
+    kind = scaling.get('rope_type')
+    if kind == 'dynamic':
+        raise InputError("rope_scaling of the type 'dynamic' cannot be written as GGUF: llama.cpp does not have it")
+    if kind not in ('linear', 'yarn'):
+        return {}
+    keys = {'rope.scaling.type': kind, 'rope.scaling.factor': float(scaling['factor'])}
     if kind == 'yarn':
-        default = 0.1 * math.log(rope['factor']) + 1
-        usual = {'beta_fast': 32, 'beta_slow': 1, 'truncate': True, 'attention_factor': default, 'mscale': None,
-                 'mscale_all_dim': None}
+        usual = {'beta_fast': 32, 'beta_slow': 1, 'truncate': True, 'mscale': None, 'mscale_all_dim': None,
+                 'attention_factor': 0.1 * math.log(scaling['factor']) + 1}
         for key, value in usual.items():
-            if rope.get(key) not in (None, value):
-                raise InputError(f'rope_scaling has {key}={rope[key]}, which is not written to GGUF here: only {value}')
-        keys['rope.scaling.original_context_length'] = rope['original_max_position_embeddings']
+            if scaling.get(key) not in (None, value):
+                raise InputError(f'rope_scaling has {key}={scaling[key]}, which is not written to GGUF here: only '
+                                 f'{value}')
+        keys['rope.scaling.original_context_length'] = scaling['original_max_position_embeddings']
     return keys
-
-
-def rope_factors(settings: dict) -> Tensor:
-    """
-    What llama3's scaling divides each frequency by, (head_dim / 2,) in float32: 1 for wavelengths that the original
-    context holds often, `factor` for those that it does not hold, and between them a mixture.
-    """
-    rope, head_dim = rope_of(settings), attention_sizes(settings)[2]
-    low, high = rope['low_freq_factor'], rope['high_freq_factor']
-    frequencies = rope['rope_theta'] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    turns = rope['original_max_position_embeddings'] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - kept) / rope['factor'] + kept)).float()
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
-def to_gguf(tensors: Pairs, settings: dict) -> Pairs:
-    """The tensors by the names of GGUF, and as llama.cpp expects them. Raises InputError for an unknown one."""
-    rotates_pairs = ARCHITECTURES[settings['model_type']] == 'llama'
-    heads, kv_heads, _ = attention_sizes(settings)
-    if rope_of(settings)['rope_type'] == 'llama3':
-        yield 'rope_freqs.weight', rope_factors(settings)
+def to_gguf(tensors: Pairs, config: GPTConfig, family: str) -> Pairs:
+    """
+    Hugging Face's tensors by the names of GGUF, and as llama.cpp expects them. Raises InputError for an unknown one.
+    """
+    rotates_pairs = ARCHITECTURES[family] == 'llama'
+    if (config.rope_scaling or {}).get('rope_type') == 'llama3':  # llama.cpp divides the plain frequencies by these
+        plain, scaled = (frequencies(config.head_dim, config.rope_base, scaling)[0]
+                         for scaling in (None, config.rope_scaling))
+        yield 'rope_freqs.weight', plain / scaled
     for name, tensor in tensors:
-        is_second_embedding = name == 'lm_head.weight' and settings.get('tie_word_embeddings')
-        if is_second_embedding or name.endswith('rotary_emb.inv_freq'):
-            continue
         if rotates_pairs and '.q_proj.' in name:
-            tensor = interleave(tensor, heads)
+            tensor = interleave(tensor, config.n_head)
         elif rotates_pairs and '.k_proj.' in name:
-            tensor = interleave(tensor, kv_heads)
+            tensor = interleave(tensor, config.n_kv_head)
         yield gguf_name(name), tensor
 
 

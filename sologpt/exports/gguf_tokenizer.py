@@ -37,16 +37,15 @@ class TokenizerFiles:
     settings: dict  # that of tokenizer_config.json, or {}
     ends: list[int]  # the ids that end an answer: eos_token_id of generation_config.json
     chat_template: str | None = None  # in Jinja
+    bos: int | None = None  # bos_token_id of config.json
 
 
-def tokenizer_keys(files: TokenizerFiles, config: dict) -> dict:
+def tokenizer_keys(files: TokenizerFiles, rows: int) -> dict:
     """
-    The keys of GGUF about a tokenizer, with their values.
-
-    config: the content of config.json, whose vocab_size is the number of tokens in the file. Raises InputError for a
-    tokenizer that llama.cpp does not have.
+    The keys of GGUF about a tokenizer, with their values. rows: of the table of embeddings, which is the number of
+    tokens in the file. Raises InputError for a tokenizer that llama.cpp does not have.
     """
-    tokenizer, rows = files.tokenizer, config['vocab_size']
+    tokenizer = files.tokenizer
     kind = tokenizer['model'].get('type')
     if kind != 'BPE':
         raise InputError(f'the tokenizer.json is of the kind {kind}: a GGUF file can be written with a byte-level BPE, '
@@ -57,7 +56,7 @@ def tokenizer_keys(files: TokenizerFiles, config: dict) -> dict:
         raise InputError(f'the files of the tokenizer have the id {largest}, and the model only vocab_size={rows} rows')
     tokens, types = token_table(tokenizer, ids, rows)
     of_kind = sentencepiece_keys if is_sentencepiece(tokenizer) else byte_level_keys
-    keys = of_kind(tokenizer, tokens) | special_ids(files, config, ids) | {'tokens': tokens, 'token_type': types}
+    keys = of_kind(tokenizer, tokens) | special_ids(files, ids) | {'tokens': tokens, 'token_type': types}
     keys = {f'tokenizer.ggml.{key}': value for key, value in keys.items() if value is not None}
     return keys | ({'tokenizer.chat_template': files.chat_template} if files.chat_template else {})
 
@@ -172,7 +171,7 @@ def adds_space(tokenizer: dict) -> bool:
 
 # ---- special tokens --------------------------------------------------------------------------------------------------
 
-def special_ids(files: TokenizerFiles, config: dict, ids: dict[str, int]) -> dict:
+def special_ids(files: TokenizerFiles, ids: dict[str, int]) -> dict:
     """The ids of the tokens that begin, end and pad a text, and which of them llama.cpp adds to a text by itself."""
     def named(key):
         token = files.settings.get(key)
@@ -181,7 +180,7 @@ def special_ids(files: TokenizerFiles, config: dict, ids: dict[str, int]) -> dic
     before, after = template_ids(files.tokenizer.get('post_processor'), ids)
     eos = eos if eos is not None and (eos in ends or not ends) else next(iter(ends), None)
     others = [end for end in ends if end != eos] + [None, None]
-    bos = next((i for i in (before, named('bos_token'), config.get('bos_token_id'), eos) if i is not None), None)
+    bos = next((i for i in (before, named('bos_token'), files.bos, eos) if i is not None), None)
     return {
         # llama.cpp takes number 1 or 11 for an id that is missing
         'bos_token_id': bos, 'eos_token_id': eos, 'eot_token_id': others[0], 'eom_token_id': others[1],
