@@ -7,6 +7,7 @@ Continue a text with a trained model; the text streams to the terminal as it is 
 """
 
 import codecs
+import itertools
 import os
 import sys
 import time
@@ -149,9 +150,9 @@ def draw_first_to_terminal(drawing, text):
     decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a token may end inside a character
     for ids in lists_of(drawing):
         drawn.append(ids)
-        if ids[0] != text.eot:
+        if ids[0] not in text.ends:
             print(decoder.decode(text.to_bytes(ids[:1])), end='', flush=True)
-        if all(token == text.eot for token in ids):
+        if all(token in text.ends for token in ids):
             break
     drawing.close()
     print(decoder.decode(b'', final=True))
@@ -191,7 +192,7 @@ step = CompiledStep(model) if compiles else None
 
 # the prompt
 prompt_text = read_start(start)
-prompt_ids = text.encode(prompt_text) or ([text.eot] if text.eot is not None else [])
+prompt_ids = text.encode_prompt(prompt_text)
 if not prompt_ids:
     raise InputError('start is empty, and this tokenizer has no token to begin a text with: give at least a character')
 prompt = torch.tensor([prompt_ids], device=place).expand(rows, -1)
@@ -208,15 +209,15 @@ with devices.autocast(place, matmul_dtype):
     if step:  # it compiles before the clock starts
         list(model.stream(prompt, 1, temperature=0, window_step=moves_by, step=step))
     began = time.perf_counter()
-    drawing = model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.eot, moves_by, generator, step)
+    drawing = model.stream(prompt, max_new_tokens, temperature, top_k, top_p, text.ends, moves_by, generator, step)
     drawn = draw_first_to_terminal(drawing, text)
 seconds = time.perf_counter() - began
 
 # print the other samples, and the speed
 print('---------------')
 for name, ids in zip(names[1:], list(zip(*drawn, strict=True))[1:], strict=True):
-    ids = ids[:ids.index(text.eot)] if text.eot in ids else ids
-    print(name + prompt_text + text.decode(ids))
+    ids = itertools.takewhile(lambda token: token not in text.ends, ids)
+    print(name + prompt_text + text.to_bytes(ids).decode('utf-8', errors='replace'))
     print('---------------')
 n = len(drawn) * rows
 is_beyond = len(prompt_ids) + len(drawn) > context

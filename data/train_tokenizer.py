@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the project
 from configurator import InputError, configure
 from sologpt.tokens.readers import document_parts
 from sologpt.tokens.sources import find_source
-from sologpt.tokens.tokenizer import END_OF_TEXT, HuggingFace
+from sologpt.tokens.tokenizer_hf import HuggingFace
+from sologpt.tokens.tokenizer_kinds import END_OF_TEXT
 
 vocab_size = 8192  # how many ids: 256 are bytes, and one ends a text
 dest = 'tokenizer.json'  # the file to write

@@ -47,11 +47,11 @@ def test_drawn_ids_are_the_same_and_end_alike(kind):
     m = varied(n_ids=30, document_eot=3, **kind)  # which a text that is continued does not heed
     step, _ = compiled(m)
     idx = torch.full((4, 2), 3)
-    for options in (dict(), dict(top_k=5, temperature=2.0), dict(top_p=0.8, temperature=3.0, eot=3)):
+    for options in (dict(), dict(top_k=5, temperature=2.0), dict(top_p=0.8, temperature=3.0, ends=[3, 7])):
         texts = [m.generate(idx, 60, window_step=4, generator=torch.Generator().manual_seed(0), step=which, **options)
                  for which in (step, None)]
         assert torch.equal(*texts) and texts[0].max() < 30 and len(texts[0].unique()) > 5
-    assert (texts[0][:, 2:] == 3).any()
+    assert (texts[0][:, 2:] == 3).any() and (texts[0][:, 2:] == 7).any()
 
 
 def test_drawing_is_as_by_multinomial():

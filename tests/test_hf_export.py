@@ -25,6 +25,7 @@ from sologpt.adapters.config import AdapterConfig
 from sologpt.adapters.peft_files import read_adapter, write_adapter
 from sologpt.files.checkpoint import read_checkpoint, save_checkpoint
 from sologpt.tokens import tokenizer, tokenizer_files
+from sologpt.tokens.tokenizer_json import CHAR_BYTES
 
 CODE = pathlib.Path(os.__file__).with_name('textwrap.py').read_text(encoding='utf-8')
 SCRIPTS = ('Ελλάδα Москва 日本語 한국어 עברית हिन्दी naïve \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \r\n\t '
@@ -47,7 +48,7 @@ def bpe():
 def tokenizer_of(bpe, monkeypatch):
     """Kind of a tokenizer -> the tokenizer."""
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    tokens = [bytes(tokenizer.CHAR_BYTES[c] for c in token) for token, _ in vocab if token != '<|endoftext|>']
+    tokens = [bytes(CHAR_BYTES[c] for c in token) for token, _ in vocab if token != '<|endoftext|>']
 
     def encoding(name):  # the same as tiktoken has it, with the expression of its cl100k_base
         return tiktoken.Encoding(name, mergeable_ranks={token: i for i, token in enumerate(tokens)},

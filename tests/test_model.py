@@ -237,7 +237,7 @@ def test_padding_is_never_drawn_and_text_ends():
         m.lm_head.weight[5:] += 100  # padding that would win
     ids = m.generate(torch.zeros(4, 1, dtype=torch.long), 60, temperature=5.0)
     assert ids.max() < 5
-    out = m.generate(torch.zeros(4, 1, dtype=torch.long), 300, temperature=5.0, eot=3, window_step=4)
+    out = m.generate(torch.zeros(4, 1, dtype=torch.long), 300, temperature=5.0, ends=[3], window_step=4)
     for row in out[:, 1:].tolist():
         assert 3 in row and set(row[row.index(3):]) == {3}
     assert out.size(1) < 301

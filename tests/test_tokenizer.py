@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 
 from configurator import InputError
-from sologpt.tokens import data_folder, tokenizer
+from sologpt.tokens import data_folder, tokenizer, tokenizer_kinds
 
 MIXED = 'def f(x):\n\treturn "naïve — 日本語 Ελλάδα \U0001f600"\r\n'
 
@@ -67,7 +67,7 @@ BYTES = [bytes([b]) for b in range(256)]
 
 def test_a_file_of_ranks_is_all_that_is_needed(tmp_path, monkeypatch):
     path = ranks_file(tmp_path / 'mine.tiktoken', [*BYTES, b'de'])
-    monkeypatch.setitem(tokenizer.RANK_FILES, 257, ('gpt2', r'\S+|\s+', {'<|endoftext|>': 257}))
+    monkeypatch.setitem(tokenizer_kinds.RANK_FILES, 257, ('gpt2', r'\S+|\s+', {'<|endoftext|>': 257}))
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: 1 / 0)  # which would download
     t = tokenizer.tokenizer_by_name(path)
     os.remove(path)
@@ -93,10 +93,10 @@ def test_a_file_of_ranks_is_all_that_is_needed(tmp_path, monkeypatch):
             tokenizer.tokenizer_by_name(str(tmp_path / name) if '.' in name else name)
 
 
-@pytest.mark.parametrize('number', tokenizer.RANK_FILES)
+@pytest.mark.parametrize('number', tokenizer_kinds.RANK_FILES)
 def test_text_is_split_as_tiktoken_does(number):
     """And in Hugging Face's terms the same."""
-    name, pattern, special = tokenizer.RANK_FILES[number]
+    name, pattern, special = tokenizer_kinds.RANK_FILES[number]
     ranks = {token: i for i, token in enumerate([*BYTES, b' t', b'12', b'123', b'1234', b'\n\n', b'  ', b"'s", b"'S"])}
     t = tokenizer.Tiktoken(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                                    special_tokens={'<|endoftext|>': len(ranks)}))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from configurator import InputError
+from sologpt.files.companions import COMPANIONS
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPE_NAMES = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}  # in the header of a file
@@ -101,8 +102,8 @@ def _find_on_hub(name):
                              f'({type(e).__name__}): connect to the network, or give a folder with config.json and '
                              f'{WEIGHTS}') from None
     if repository != f'openai-community/{name}':  # tiktoken has the tokenizer of the others
-        for file in ('tokenizer.json', 'tokenizer_config.json'):
-            with contextlib.suppress(InputError):  # whoever needs it will miss it
+        with contextlib.suppress(InputError):  # whoever needs a file that cannot be reached will miss it
+            for file in COMPANIONS:
                 find(file, optional=True)
     return find
 

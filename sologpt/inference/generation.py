@@ -6,7 +6,7 @@ A model here is anything with GPT's `next_logits(idx, context)`, `new_cache(batc
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.nn as nn
@@ -58,13 +58,13 @@ class Step:
 
 @torch.no_grad()
 def stream(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-           top_p: float | None = None, eot: int | None = None, window_step: int = 1,
+           top_p: float | None = None, ends: Collection[int] = (), window_step: int = 1,
            generator: torch.Generator | None = None, step: Step | None = None) -> Iterator[Tensor]:
     """
     Continue idx, (B, T) ids: yields (B,) ids, max_new_tokens times, without waiting for the device.
 
-    temperature, top_k, top_p, generator: see sample(). eot: a row that has drawn this id repeats it. step: what
-    computes one new position; None means a Step.
+    temperature, top_k, top_p, generator: see sample(). ends: a row that has drawn one of these ids repeats it.
+    step: what computes one new position; None means a Step.
 
     Up to block_size tokens, each step computes its one new position against cached keys and values. Beyond, the window
     of tokens that the model sees moves, and every move computes the whole window again. With window_step=1 it moves for
@@ -75,6 +75,7 @@ def stream(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: floa
     block_size = model.config.block_size - model.n_virtual
     length = None  # tokens in the window
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+    end_ids = torch.tensor(list(ends), dtype=torch.long, device=idx.device)
     for _ in range(max_new_tokens):
         if length is None or length == block_size:
             keep = block_size if idx.size(1) <= block_size else block_size - window_step + 1
@@ -90,23 +91,23 @@ def stream(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: floa
         logits = logits.float()
         logits[:, model.config.n_ids:] = -math.inf
         next_ids = sample(logits, temperature, top_k, top_p, generator)
-        if eot is not None:
-            next_ids = torch.where(done, eot, next_ids)
-            done |= next_ids == eot
+        if ends:
+            next_ids = torch.where(done, idx[:, -1], next_ids)
+            done |= (next_ids[:, None] == end_ids).any(dim=1)
         idx = torch.cat([idx, next_ids[:, None]], dim=1)
         yield next_ids
 
 
 def generate(model: nn.Module, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             eot: int | None = None, **options) -> Tensor:
+             ends: Collection[int] = (), **options) -> Tensor:
     """
     idx, (B, T) ids, and its continuation by stream(): (B, T + max_new_tokens) ids. It ends earlier if every row has
-    drawn `eot`. options: see stream().
+    drawn one of `ends`. options: see stream().
     """
     new = []
-    for ids in stream(model, idx, max_new_tokens, temperature, top_k, eot=eot, **options):
+    for ids in stream(model, idx, max_new_tokens, temperature, top_k, ends=ends, **options):
         new.append(ids)
-        if eot is not None and (ids == eot).all():
+        if ends and all(i in ends for i in ids.tolist()):
             break
     return torch.cat([idx] + [ids[:, None] for ids in new], dim=1)
 

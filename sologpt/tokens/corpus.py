@@ -180,8 +180,8 @@ def write_texts(folder: str | os.PathLike, tokenizer: Tokenizer, splits: dict[st
             counts[split] = 0
             with open(paths[split] + '.tmp', 'wb') as f:
                 for i, text in enumerate(texts):
-                    between = [] if tokenizer.eot is None or not i else [tokenizer.eot]
-                    for ids in (np.array(between), tokenizer.encode_ordinary(text)):
+                    before = tokenizer.before_document(is_first=i == 0)
+                    for ids in (np.array(before), tokenizer.encode_ordinary(text)):
                         ids.astype(dtype).tofile(f)
                         counts[split] += len(ids)
         for path in paths.values():

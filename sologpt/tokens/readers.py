@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 from configurator import InputError
-from sologpt.tokens.tokenizer import END_OF_TEXT
+from sologpt.tokens.tokenizer_kinds import END_OF_TEXT
 
 LONGEST = 2 ** 22  # the most bytes of text in one document: a longer text is cut at the end of a line
 COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd', '.bz2': 'bz2'}

@@ -134,8 +134,9 @@ class Writer:
                     self.seen.add(digest)
                 elif digest in self.seen:
                     continue
-            if self.tokenizer.eot is not None and (parts[name] or self.splits[name].written):
-                ids = np.concatenate([np.array([self.tokenizer.eot], self.dtype), ids])
+            before = self.tokenizer.before_document(is_first=not parts[name] and not self.splits[name].written)
+            if before:
+                ids = np.concatenate([np.array(before, self.dtype), ids])
             parts[name].append(ids[:max(0, room[name])])
             room[name] -= len(ids)
         for name, arrays in parts.items():

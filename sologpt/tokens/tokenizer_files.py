@@ -10,7 +10,8 @@ import json
 import os
 
 from configurator import InputError
-from sologpt.tokens.tokenizer import Bytes, Chars, HuggingFace, Tokenizer, no_tokenizer
+from sologpt.tokens.tokenizer_hf import HuggingFace
+from sologpt.tokens.tokenizer_kinds import Bytes, Chars, Tokenizer
 
 OWN_KEY = 'sologpt'
 
@@ -39,22 +40,56 @@ def read_tokenizer(folder: str) -> dict | None:
     A tokenizer that cannot be read gives a description of the kind 'unknown', not an error: the model may be used
     without it.
     """
-    paths = {name: os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'vocab.json')}
-    if not os.path.isfile(paths['tokenizer.json']):
-        return no_tokenizer(folder) if os.path.isfile(paths['vocab.json']) else None
-    eot_token = None
+    path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.isfile(path):
+        return no_tokenizer(folder) if os.path.isfile(os.path.join(folder, 'vocab.json')) else None
     try:
-        if os.path.isfile(paths['tokenizer_config.json']):
-            with open(paths['tokenizer_config.json'], encoding='utf-8') as f:
-                settings = json.load(f)
-            if OWN_KEY in settings:
-                with open(paths['tokenizer.json'], 'rb') as f:
-                    if hashlib.sha256(f.read()).hexdigest() == settings[OWN_KEY]['sha256']:
-                        return dict(settings[OWN_KEY]['tokenizer'])
-            eot_token = settings.get('eos_token')
-            eot_token = eot_token['content'] if isinstance(eot_token, dict) else eot_token
-        return HuggingFace.from_file(paths['tokenizer.json'], eot_token).to_dict()
+        settings = _read_settings(folder, 'tokenizer_config.json')
+        own = settings.get(OWN_KEY)
+        if own and _sha256_of_file(path) == own['sha256']:
+            return dict(own['tokenizer'])
+        eot_token = settings.get('eos_token')
+        eot_token = eot_token['content'] if isinstance(eot_token, dict) else eot_token
+        return HuggingFace.from_file(path, eot_token, _ends_of_model(folder)).to_dict()
     except InputError as e:
         return {'kind': 'unknown', 'why': str(e)}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        return {'kind': 'unknown', 'why': f'{paths["tokenizer_config.json"]} is damaged ({type(e).__name__}: {e})'}
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        config = os.path.join(folder, 'tokenizer_config.json')
+        return {'kind': 'unknown', 'why': f'{config} is damaged ({type(e).__name__}: {e})'}
+
+
+def _ends_of_model(folder):
+    """The ids that end a text as the model's files say: generation_config.json, or else config.json."""
+    for name in ('generation_config.json', 'config.json'):
+        ends = _read_settings(folder, name).get('eos_token_id')
+        if ends is not None:
+            ends = ends if isinstance(ends, list) else [ends]
+            if not all(type(i) is int and i >= 0 for i in ends):
+                raise InputError(f'{os.path.join(folder, name)} has eos_token_id={ends}, which are no ids')
+            return ends
+    return []
+
+
+def _read_settings(folder, name):
+    """The content of a JSON file in the folder; {} without one. Raises InputError if it is damaged."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding='utf-8') as f:
+            settings = json.load(f)
+    except ValueError as e:
+        raise InputError(f'{path} is damaged (ValueError: {e})') from None
+    if not isinstance(settings, dict):
+        raise InputError(f'{path} is damaged: it is no object')
+    return settings
+
+
+def _sha256_of_file(path):
+    with open(path, 'rb') as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def no_tokenizer(source: str) -> dict:
+    """The description for a model whose tokenizer is not at hand. source: the name of the model."""
+    return {'kind': 'unknown', 'why': f'{source} has no tokenizer.json'}

@@ -36,8 +36,8 @@ class Data:
                                 for split in ('train', 'val'))
 
     def eot(self) -> int | None:
-        """The id that ends a text, if there is one."""
-        return tokenizer.eot_of(self.meta['tokenizer'])
+        """The id with which a document begins, if there is one: see GPTConfig.document_eot."""
+        return tokenizer.document_begin_of(self.meta['tokenizer'])
 
     def bytes_per_token(self) -> float | None:
         """
@@ -77,7 +77,7 @@ def open_data(config: dict, master: bool, described: dict | None) -> Data:
     data = Data(name, folder, data_folder.read_meta(folder))
     if not tokenizer.tokenizers_agree(described, data.meta['tokenizer']):
         raise InputError(f'{config["out_dir"]}/ckpt.pt was trained with another tokenizer than that of {folder}')
-    if config['document_mask'] and tokenizer.eot_of(data.meta['tokenizer']) is None:
+    if config['document_mask'] and data.eot() is None:
         raise InputError(f'document_mask: the tokenizer of {folder} has no end of text: leave document_mask out, or '
                          f'use another dataset')
     return data

@@ -12,7 +12,7 @@ class FinalSample:
     def __init__(self, config: dict, data: Data):
         """What is needed for it, before the run: an error at its end would come too late. Raises InputError."""
         self.text, self.tokens, self.seed = data.tokenizer(), config['sample_tokens'], config['seed']
-        self.start = self.text.encode(config['sample_start']) if config['sample_start'] else None
+        self.start = self.text.encode_prompt(config['sample_start']) if config['sample_start'] else None
 
     def draw(self, model: GPT, data: Data, machine: Machine) -> str:
         """The text. Processes that share a model draw it together, all the same; others may draw alone."""
@@ -22,5 +22,6 @@ class FinalSample:
             devices.seed_device(machine.device, self.seed)
         with machine.autocast():
             drawn = model.generate(torch.tensor([ids], device=machine.device), self.tokens, temperature=0.8, top_k=200,
-                                   eot=self.text.eot, window_step=max(1, model.config.block_size // 8))
-        return self.text.decode([i for i in drawn[0].tolist() if i != self.text.eot])
+                                   ends=self.text.ends, window_step=max(1, model.config.block_size // 8))
+        around = (self.text.bos, self.text.eot, *self.text.ends)  # what stands around texts is none of them
+        return self.text.decode([i for i in drawn[0].tolist() if i not in around])
