@@ -100,6 +100,25 @@ def test_what_is_written(folder):
     assert loaded.n_tokens == len(train) and loaded.n_windows > len(train) // 16 - 2 * last - 2
 
 
+def with_bos(bos):
+    return tokenizer.HuggingFace(json.dumps(small_bpe().to_json()), eot=300, bos=bos)
+
+
+@pytest.mark.parametrize('bos', [299, 300])
+def test_bos_stands_before_each_document_and_after_the_end_of_the_one_before(folder, bos):
+    """Beside that, the files are those of a tokenizer without it."""
+    plain, found = (prepare(dest, SomeDocuments(0.2), tokenizer=with_bos(b)) for dest, b in (('a', None), ('b', bos)))
+    before = [300, bos] if bos != 300 else [300]
+    for split in ('train', 'val'):
+        ids = tokens(plain, split)
+        first, *others = (part[part != 300].tolist() for part in np.split(ids, np.flatnonzero(ids == 300)))
+        assert others and tokens(found, split).tolist() == [bos, *first, *(
+            i for document in others for i in (*before, *document))]
+    corpus.write_texts('few', with_bos(bos), {'train': ['a', 'the'], 'val': ['b']}, 'two')
+    files = content('few')
+    assert tokens(files, 'train').tolist() == [bos, 97, *before, 257] and tokens(files, 'val').tolist() == [bos, 98]
+
+
 def crash_at(n, monkeypatch, *functions):
     """The n-th of these calls raises what is returned, and all after it, as if the process were gone."""
     calls = itertools.count()
