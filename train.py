@@ -231,7 +231,7 @@ def save(best):
         'model': weights, 'model_args': model.config.to_save(), **of_adapter, 'optimizer': moments,
         'scaler': scaler.state_dict(), **progress.to_save(clock.total),
         'config': built.config, 'matmul': str(recipe or ''), **machine.to_save(step, batch_size == 'auto'),
-        'tokens': progress.iter_num * step.tokens, **data.to_save()}, best)
+        'tokens': progress.iter_num * step.tokens, **data.to_save(), **built.carried}, best)
 
 
 # the first Ctrl-C (or SIGTERM) stops the run at the end of a step, with a checkpoint; the second one at once

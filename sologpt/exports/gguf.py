@@ -6,6 +6,7 @@ and tensors are those that llama.cpp reads for its architectures 'llama', 'qwen2
 """
 
 import math
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from configurator import InputError
 from model import GPTConfig
 from sologpt.exports.gguf_tokenizer import TokenizerFiles, known_differences, tokenizer_keys
+from sologpt.exports.source import ExportedModel
+from sologpt.files.companions import chat_template, read_settings
 from sologpt.files.families import FAMILIES
 from sologpt.files.family import Tensors
 from sologpt.files.hf_models import to_theirs
@@ -34,6 +37,31 @@ INSIDE = {  # of a block
     'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output', 'self_attn.q_norm': 'attn_q_norm',
     'self_attn.k_norm': 'attn_k_norm', 'post_attention_layernorm': 'ffn_norm', 'mlp.gate_proj': 'ffn_gate',
     'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down'}
+
+
+def write_gguf(exported: ExportedModel, folder: str, dest: str, dtype: str, dataset: str) -> str:
+    """
+    Write model.gguf. Returns what it is, in words. dest: where `folder` will lie; its name is the model's. dataset: see
+    find_tokenizer(). Raises InputError.
+    """
+    return write_gguf_file(os.path.join(folder, 'model.gguf'), exported.config, exported.find_family(),
+                           exported.weights, tokenizer_of(exported, dataset), os.path.basename(os.path.abspath(dest)),
+                           dtype)
+
+
+def tokenizer_of(exported: ExportedModel, dataset: str) -> TokenizerFiles:
+    """The tokenizer of a model: that of the files that came along, or else find_tokenizer()'s. Raises InputError."""
+    if not exported.kept:
+        text = exported.find_tokenizer(dataset)
+        return TokenizerFiles(text.to_json(), {}, [text.eot] if text.eot is not None else [])
+    files = {name: read_settings(exported.kept, f'{name}.json')
+             for name in ('tokenizer', 'tokenizer_config', 'generation_config', 'config')}
+    if not files['tokenizer']:
+        raise InputError(f'{exported.source} has no tokenizer.json, from which the tokenizer of a GGUF file is made')
+    ends = files['generation_config'].get('eos_token_id', files['config'].get('eos_token_id'))
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return TokenizerFiles(files['tokenizer'], files['tokenizer_config'], ends, chat_template(exported.kept),
+                          files['config'].get('bos_token_id'))
 
 
 def write_gguf_file(path: str, config: GPTConfig, family: str, weights: Tensors, text: TokenizerFiles, name: str,

@@ -13,7 +13,8 @@ from sologpt.adapters.arithmetic import for_family
 from sologpt.adapters.base import fingerprint
 from sologpt.adapters.peft_files import write_adapter
 from sologpt.exports.source import ExportedModel
-from sologpt.files.families import FAMILIES, find_family
+from sologpt.files.companions import with_dtype, write_companions
+from sologpt.files.families import FAMILIES
 from sologpt.files.family import Family
 from sologpt.files.hf_models import write_hf_config, write_hf_weights
 from sologpt.machine.devices import DTYPES
@@ -25,27 +26,33 @@ def write_hf(exported: ExportedModel, folder: str, to: str, dest: str, dtype: st
     """
     Write a model, its tokenizer, README.md, and the adapters beside it. Returns what they are, in words.
 
-    to: 'hf' or 'opt', see find_family(). dest: where `folder` will lie, which the adapters name as their base. dtype:
+    to: 'hf' or 'opt'. dest: where `folder` will lie, which the adapters name as their base. dtype:
     of the weights. dataset: see find_tokenizer(). Raises InputError.
     """
     config = exported.config
-    name = find_family(config, to)
+    name = exported.find_family(to)
     family = FAMILIES[name]
     names = [given.name for given in exported.beside]
     if len(set(names)) < len(names):
         folders = ','.join(given.folder for given in exported.beside)
         raise InputError(f'adapters={folders}: each is written to a folder of the same name as its own, and two have '
                          f'one name')
-    text = exported.find_tokenizer(dataset)
+    text = None if exported.kept else exported.find_tokenizer(dataset)
     beside = [for_family(config, given.adapter, family, given.folder) for given in exported.beside]
-    write_hf_config(folder, name, config, DTYPES[dtype], text.eot)
-    write_hf_weights(folder, name, config, exported.weights, DTYPES[dtype], config.n_ids)
-    tokenizer_files.write_tokenizer(folder, text, config.block_size)
+    if exported.kept:
+        write_companions(folder, with_dtype(exported.kept, dtype))
+    else:
+        write_hf_config(folder, name, config, DTYPES[dtype], text.eot)
+        tokenizer_files.write_tokenizer(folder, text, config.block_size)
+    # files that come along describe the whole table, others leave its padding out
+    rows = config.vocab_size if exported.kept else config.n_ids
+    write_hf_weights(folder, name, config, exported.weights, DTYPES[dtype], rows)
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(ModelCard(exported, family, text, os.path.basename(os.path.abspath(dest)), dtype).to_text())
     # The base of the adapters is now another one. If it has other names or shapes, it is not read here again.
-    base_hash = fingerprint(GPT.from_pretrained(folder)) if beside and family.transposed else ''
-    words = f'{family.cls} in {dtype}, {config.n_ids:,} ids'
+    is_read_again = family.transposed or family.arch == 'llama'
+    base_hash = fingerprint(GPT.from_pretrained(folder)) if beside and is_read_again else ''
+    words = f'{family.cls} in {dtype}, {rows:,} ids'
     for adapter, own_name in zip(beside, names, strict=True):
         adapter.base, adapter.base_hash, adapter.base_format = dest, base_hash, 'float32'
         write_adapter(os.path.join(folder, own_name), adapter, config, family.transposed)
@@ -58,7 +65,7 @@ class ModelCard:
     """README.md of an exported model: what its checkpoint says. Facts that are not known are left out."""
     exported: ExportedModel
     family: Family
-    text: Tokenizer
+    text: Tokenizer | None  # None: that of the files that came along
     name: str  # of the folder
     dtype: str  # of the weights
 
@@ -70,7 +77,7 @@ class ModelCard:
         facts = {
             'architecture': f'{self.family.cls}: {gpt.n_layer} layers, {gpt.n_head} heads, {gpt.n_embd} wide, '
                             f'{gpt.block_size} positions, {gpt.activation}; weights in {self.dtype}',
-            'tokenizer': f'{self.text.to_dict()["kind"].replace("json", "tokenizer.json")}, {gpt.n_ids:,} ids',
+            'tokenizer': f'{self.kind_of_tokenizer()}, {gpt.n_ids:,} ids',
             'began as': began if began not in ('scratch', 'resume') else None,
             'data': ': '.join(filter(None, (data.get('name') or keys.get('dataset'), data.get('source')))),
             'trained on': 'tokens' in saved and f'{saved["tokens"]:,} tokens in {saved["iter_num"]:,} iterations',
@@ -82,6 +89,10 @@ class ModelCard:
         if self.family.activations.get(gpt.activation) == 'xielu':
             facts['activation'] = 'ReLU squared, as xIELU with beta = 0; the optional package `xielu` ignores that beta'
         return facts
+
+    def kind_of_tokenizer(self) -> str:
+        kind = self.text.to_dict()['kind'] if self.text else 'json'
+        return 'tokenizer.json' if kind == 'json' else kind
 
     def to_text(self) -> str:
         keys = self.exported.saved.get('config', {})

@@ -6,7 +6,7 @@ from sologpt.files.checkpoint import save_checkpoint
 from sologpt.files.safetensors_files import cast_weights
 from sologpt.machine.devices import DTYPES
 
-PASSED_ON = ('config', 'tokenizer', 'data', 'merged_from')  # what holds for the merged model as well
+PASSED_ON = ('config', 'tokenizer', 'data', 'hf_files', 'merged_from')  # what holds for the merged model as well
 
 
 def write_merged(exported: ExportedModel, folder: str, dtype: str) -> str:

@@ -14,6 +14,8 @@ from sologpt.adapters.adapter import Adapter, merge, put_adapter
 from sologpt.adapters.base import load_base
 from sologpt.adapters.peft_files import read_adapter
 from sologpt.files.checkpoint import check_weights
+from sologpt.files.companions import Companions, read_settings
+from sologpt.files.families import find_family
 from sologpt.files.family import LINEARS
 from sologpt.files.models import read_model
 from sologpt.matmuls.held import decode_base
@@ -47,6 +49,23 @@ class ExportedModel:
     source: str  # where it lies
     beside: list[GivenAdapter]
     merged: list[GivenAdapter]
+
+    @property
+    def kept(self) -> Companions:
+        """The files that came along with the model from Hugging Face's format, or {}."""
+        return self.saved.get('hf_files', {})
+
+    @property
+    def usual_dtype(self) -> str:
+        """The dtype of weights if none is asked for: that of the files that came along, else float32."""
+        settings = read_settings(self.kept, 'config.json')
+        return settings.get('dtype') or settings.get('torch_dtype') or 'float32'
+
+    def find_family(self, to: str = 'hf') -> str:
+        """The name of the family that it is written as. to: see families.find_family(). Raises InputError."""
+        if to == 'hf' and self.kept:
+            return read_settings(self.kept, 'config.json')['model_type']
+        return find_family(self.config, to)
 
     def find_tokenizer(self, dataset: str) -> Tokenizer:
         """

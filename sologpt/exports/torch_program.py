@@ -31,7 +31,7 @@ class Logits(nn.Module):
 def build_logits(config: GPTConfig, weights: dict[str, torch.Tensor], dtype: str) -> Logits:
     """A model with these weights, in dtype, as a function without gradients."""
     model = GPT.skeleton(replace(config, attn_backend='causal'))
-    model.to(DTYPES[dtype]).load_state_dict(cast_weights(weights, DTYPES[dtype]), assign=True)
+    model.load_state_dict(cast_weights(weights, DTYPES[dtype]), assign=True)
     return Logits(model).eval().requires_grad_(False)
 
 

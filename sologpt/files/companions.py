@@ -66,6 +66,24 @@ def chat_template(companions: Companions) -> str | None:
     return template
 
 
+def read_settings(companions: Companions, name: str) -> dict:
+    """The content of the JSON file `name`, or {} if it is not among them. Raises InputError if it is damaged."""
+    try:
+        return json.loads(_text(companions[name])) if name in companions else {}
+    except ValueError as e:
+        raise InputError(f'{name} of the model is damaged: {e}') from None
+
+
+def with_dtype(companions: Companions, dtype: str) -> Companions:
+    """The same for weights in dtype, which config.json names. It keeps its bytes if it names it already."""
+    settings = read_settings(companions, 'config.json')
+    key = 'dtype' if 'dtype' in settings else 'torch_dtype'
+    if settings.get(key) == dtype:
+        return companions
+    text = json.dumps(settings | {key: dtype}, indent=2) + '\n'
+    return companions | {'config.json': torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy())}
+
+
 def _text(content):
     return content.numpy().tobytes().decode('utf-8')
 

@@ -6,9 +6,8 @@ from configurator import InputError
 from sologpt.files.checkpoint import find_checkpoint, read_checkpoint
 from sologpt.files.companions import read_companions
 from sologpt.files.hf_models import read_hf_model
+from sologpt.files.llama import LLAMAS
 from sologpt.tokens import tokenizer, tokenizer_files
-
-KEEP_FILES = ('llama', 'mistral', 'qwen2', 'qwen3')  # families whose models are written back with their own files
 
 
 def read_model(source: str) -> tuple[dict, dict, dict]:
@@ -23,7 +22,7 @@ def read_model(source: str) -> tuple[dict, dict, dict]:
     if not path.endswith('.pt'):
         model_args, weights, family, folder = read_hf_model(source)
         saved = _describe_tokenizer(source, folder, family, model_args['vocab_size'])
-        if family in KEEP_FILES:
+        if family in LLAMAS:  # they are written back with their own files
             saved['hf_files'] = read_companions(folder)
             model_args['n_ids'] = _n_ids(saved['tokenizer'], model_args['vocab_size'])
         return model_args, weights, saved

@@ -6,6 +6,7 @@ train.py, the memory plan and the benchmarks build by these same functions.
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,7 @@ class Built:
     adapter: Adapter | None
     config: dict  # the run's, completed with the model's own parts and the adapter's keys, as a checkpoint keeps it
     source: str  # where the weights are from
+    carried: dict  # what its checkpoints take over from there: {'hf_files': Companions} or {}
     n_params: int  # of the whole model, adapter included, before it is shared among processes
     full_bytes: int  # of weights, gradients and AdamW's moments, if all weights were trained in float32
     n_trained: int
@@ -53,7 +55,7 @@ def build_model(config: dict, given: list[str], data: Data, machine: Machine, ru
     if adapter:
         config = config | adapter.config.to_keys() | {'base_format': adapter.base_format}
         check(config)
-    source, model_config, weights = find_weights(config, given, data, run, adapter)
+    source, model_config, weights, carried = find_weights(config, given, data, run, adapter)
     needs_mask = config['document_mask'] or adapter is not None and adapter.config.cls.needs_mask
     machine.choose_formats(config, model_config, run, needs_mask)
     model_config = replace(model_config, attn_backend=machine.attn_backend, dropout=config['dropout'],
@@ -80,8 +82,8 @@ def build_model(config: dict, given: list[str], data: Data, machine: Machine, ru
     data.open_tokens(config['block_size'], model.config.vocab_size)
     if adapter and adapter.config.cls.begins_from_text and not adapter.tensors:
         _begin_virtual_tokens(model, data, machine)
-    return Built(model, adapter, config, source, n_params + (n_trained if adapter else 0), 16 * n_params, n_trained,
-                 matmul_how)
+    return Built(model, adapter, config, source, carried, n_params + (n_trained if adapter else 0), 16 * n_params,
+                 n_trained, matmul_how)
 
 
 # ---- where it begins -------------------------------------------------------------------------------------------------
@@ -117,16 +119,16 @@ def find_adapter(config: dict, given: list[str], run: Resumed) -> Adapter | None
 
 
 def find_weights(config: dict, given: list[str], data: Data, run: Resumed,
-                 adapter: Adapter | None) -> tuple[str, GPTConfig, dict | None]:
+                 adapter: Adapter | None) -> tuple[str, GPTConfig, Mapping | None, dict]:
     """
-    (where the weights are from, the model's config, the weights by name) that a run begins with. New weights are None.
-    Raises InputError.
+    (where the weights are from, the model's config, the weights by name, what checkpoints take over) that a run begins
+    with. New weights are None. Raises InputError.
     """
     if run and not adapter:
-        return run.path, GPTConfig.from_saved(run.saved['model_args']), run.saved['model']
+        return run.path, GPTConfig.from_saved(run.saved['model_args']), run.saved['model'], _carried(run.saved)
     source = adapter.base if adapter else config['init_from']
     if source == 'scratch':
-        return source, new_model_config(config, data.meta['vocab_size']), None
+        return source, new_model_config(config, data.meta['vocab_size']), None, {}
     _check_origin(config, data, source)
     model_args, weights, saved = read_model(source)
     saved.pop('optimizer', None)  # it would keep the file open
@@ -141,7 +143,11 @@ def find_weights(config: dict, given: list[str], data: Data, run: Resumed,
     if config['block_size'] > model_config.block_size:
         raise InputError(f'block_size={config["block_size"]}, but {source} has {model_config.block_size} positions: '
                          f'give --block_size={model_config.block_size}')
-    return source, model_config, weights
+    return source, model_config, weights, {} if adapter else _carried(saved)
+
+
+def _carried(saved):
+    return {key: saved[key] for key in ('hf_files',) if key in saved}
 
 
 def _check_latent_recipe(source, of_weights, of_run, adapter):
