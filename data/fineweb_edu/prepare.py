@@ -21,7 +21,7 @@ from sologpt.tokens.splits import FirstTokens
 
 name = 'sample-10BT'  # default (all), sample-10BT, sample-100BT, sample-350BT, or a crawl such as CC-MAIN-2024-10
 source = 'hf://datasets/HuggingFaceFW/fineweb-edu'  # the dataset, or a folder with a copy of it
-tokenizer = 'gpt2'  # bytes, chars, an encoding of tiktoken (gpt2), or the path of FILE.tiktoken or of a tokenizer.json
+tokenizer = 'gpt2'  # bytes, chars, an encoding of tiktoken (gpt2), a FILE.tiktoken, tokenizer.json or model's folder
 tokens: int | str | None = None  # how many tokens to train on, such as 100M; None: all there are
 val_tokens: int | str = '10M'  # how many tokens to validate on
 shard_tokens: int | str = '100M'  # how many tokens are in a file

@@ -21,7 +21,7 @@ from sologpt.tokens.sources import hub_source
 from sologpt.tokens.splits import FirstTokens
 
 source = 'hf://datasets/Skylion007/openwebtext'  # the dataset, or a folder with a copy of it
-tokenizer = 'gpt2'  # bytes, chars, an encoding of tiktoken (gpt2), or the path of FILE.tiktoken or of a tokenizer.json
+tokenizer = 'gpt2'  # bytes, chars, an encoding of tiktoken (gpt2), a FILE.tiktoken, tokenizer.json or model's folder
 tokens: int | str | None = None  # how many tokens to train on, such as 100M; None: all there are
 val_tokens: int | str = '5M'  # how many tokens to validate on
 shard_tokens: int | str = '100M'  # how many tokens are in a file

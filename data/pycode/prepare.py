@@ -17,7 +17,7 @@ from sologpt.tokens.corpus import Options, choose_tokenizer, prepare_corpus
 from sologpt.tokens.sources import Source, installed_code
 from sologpt.tokens.splits import SomeDocuments
 
-tokenizer = 'bytes'  # bytes, chars, an encoding of tiktoken (gpt2), or the path of FILE.tiktoken or of a tokenizer.json
+tokenizer = 'bytes'  # bytes, chars, an encoding of tiktoken (gpt2), a FILE.tiktoken, tokenizer.json or model's folder
 val = 0.05  # the share of the files that is for validation
 tokens: int | str | None = None  # how many tokens to train on, such as 100M; None: all there are. The same command with
 # ... more tokens adds to them
