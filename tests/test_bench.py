@@ -40,7 +40,7 @@ from sologpt.bench.rows import (
 from sologpt.machine import clock
 from sologpt.matmuls import recipes
 from sologpt.matmuls.spec import parse_matmul
-from sologpt.tokens import readers, tokenizer
+from sologpt.tokens import readers, tokenizer_kinds
 from sologpt.training import runs
 
 TRAIN = options({k: v for k, v in TINY.items() if k != 'out_dir'})
@@ -425,7 +425,7 @@ def test_data(run_bench, monkeypatch, tmp_path):
         monkeypatch.setattr(data, name, value)
     ranks = ''.join(f'{base64.b64encode(bytes([b])).decode()} {b}\n' for b in range(256))
     (tmp_path / 'bytes.tiktoken').write_text(ranks)
-    monkeypatch.setitem(tokenizer.RANK_FILES, 256, ('bytes', r'\S+|\s+', {'<|endoftext|>': 256}))
+    monkeypatch.setitem(tokenizer_kinds.RANK_FILES, 256, ('bytes', r'\S+|\s+', {'<|endoftext|>': 256}))
     files = [str(tmp_path / f'{i}.py') for i in range(20)]
     for i, path in enumerate(files):
         with open(path, 'w') as f:
