@@ -11,6 +11,7 @@ The files of other kinds are refused: WordPiece, Unigram, and a BPE that has no 
 import functools
 import json
 import re
+import threading
 from collections.abc import Iterable
 
 import numpy as np
@@ -49,8 +50,8 @@ class HuggingFace(Tokenizer):
     @classmethod
     def from_file(cls, path: str, eot_token: str | None = END_OF_TEXT, ends: Iterable[int] = ()) -> 'HuggingFace':
         """
-        eot_token: the token that ends a text; if the vocabulary does not have it, none does. ends: ids that end a text
-        too. `bos` is the one token that the file puts before every text, as transformers does: add_bos_token in
+        The tokenizer of a file. eot_token: the token that ends a text; if the vocabulary does not have it, none does.
+        ends: ids that end a text too. `bos` is the one token that the file puts before every text, as transformers does: add_bos_token in
         tokenizer_config.json has no effect beside a tokenizer.json. Raises InputError.
         """
         try:
@@ -122,14 +123,18 @@ class _File:
                              f'with Fuse can be read')
         self.vocab_size, self.bytes_of = max(ids.values()) + 1, _BYTES.get(names[0], _bytes_of_piece)
         self.spaced = names[-1] == 'Strip' or _prepends(decoder[-1])  # a space is put before each text
+        self._ordinary, self._lock = None, threading.Lock()
 
-    @functools.cached_property
+    @property
     def ordinary(self):
-        """The tokenizer for which the names of special tokens are ordinary text."""
+        """The tokenizer for which the names of special tokens are ordinary text. It is large, so threads share one."""
         import tokenizers
-        ordinary = tokenizers.Tokenizer.from_str(self.text)
-        ordinary.encode_special_tokens = True
-        return ordinary
+        with self._lock:
+            if self._ordinary is None:
+                ordinary = tokenizers.Tokenizer.from_str(self.text)
+                ordinary.encode_special_tokens = True
+                self._ordinary = ordinary
+        return self._ordinary
 
     @functools.cached_property
     def bytes(self) -> dict[int, bytes]:
