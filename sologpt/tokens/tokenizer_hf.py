@@ -51,8 +51,10 @@ class HuggingFace(Tokenizer):
     def from_file(cls, path: str, eot_token: str | None = END_OF_TEXT, ends: Iterable[int] = ()) -> 'HuggingFace':
         """
         The tokenizer of a file. eot_token: the token that ends a text; if the vocabulary does not have it, none does.
-        ends: ids that end a text too. `bos` is the one token that the file puts before every text, as transformers does: add_bos_token in
-        tokenizer_config.json has no effect beside a tokenizer.json. Raises InputError.
+        ends: ids that end a text too. Raises InputError.
+
+        `bos` is the one token that the file's post_processor puts before every text. As in transformers,
+        add_bos_token in tokenizer_config.json has no effect beside a tokenizer.json.
         """
         try:
             with open(path, encoding='utf-8') as f:
