@@ -26,7 +26,8 @@ from sologpt.tokens.splits import choose_split
 
 name = 'text'  # the folder in data/ to write
 field = 'text'  # the field with the text, in .jsonl and .parquet
-tokenizer = 'bytes'  # bytes, chars, an encoding of tiktoken (gpt2), a FILE.tiktoken, tokenizer.json or model's folder
+tokenizer = 'bytes'  # bytes, chars, an encoding of tiktoken (gpt2), a FILE.tiktoken or tokenizer.json, or a model's
+# ... folder or name
 val = 0.1  # the share that is for validation
 tokens: int | str | None = None  # how many tokens to train on, such as 100M; None: all there are. The same command with
 # ... more tokens adds to them

@@ -7,6 +7,7 @@ than tokenizer_hf.py names.
 """
 
 import os
+import re
 
 from configurator import InputError
 from sologpt.tokens.tokenizer_files import no_tokenizer, read_tokenizer
@@ -20,7 +21,8 @@ GPT2_VOCAB, GPT2_EOT = 50257, 50256
 def tokenizer_by_name(name: str) -> Tokenizer:
     """
     The tokenizer that a command line names: 'bytes', one of tiktoken's encodings, or the path of FILE.tiktoken, of a
-    tokenizer.json, or of a model's folder, whose other files say what ends a text. Raises InputError.
+    tokenizer.json, or of a model's folder, whose other files say what ends a text; or a model on the hub, such as
+    'HuggingFaceTB/SmolLM2-135M'. Raises InputError.
     """
     import tiktoken
     if name == 'bytes':
@@ -33,9 +35,21 @@ def tokenizer_by_name(name: str) -> Tokenizer:
         return HuggingFace.from_file(name)
     if name.endswith('.tiktoken'):
         return Tiktoken.from_file(name)
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+        return _tokenizer_of_folder(_download(name))
     raise InputError(f'--tokenizer={name} is not known: use bytes, chars, one of tiktoken '
-                     f'({", ".join(tiktoken.list_encoding_names())}), or the path of FILE.tiktoken, of a '
-                     f"tokenizer.json, or of a model's folder")
+                     f'({", ".join(tiktoken.list_encoding_names())}), the path of FILE.tiktoken, of a tokenizer.json '
+                     f"or of a model's folder, or the name of a model on the hub")
+
+
+def _download(name):
+    """The folder with the tokenizer's files of a model on the hub."""
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(name, allow_patterns=['*.json'], ignore_patterns=['*.index.json'])
+    except Exception as e:  # errors of huggingface_hub, and of the HTTP library under it
+        raise InputError(f'--tokenizer={name} is no local folder, and downloading its tokenizer failed '
+                         f'({type(e).__name__}): connect to the network, or give a folder that has it') from None
 
 
 def _tokenizer_of_folder(folder):
