@@ -9,6 +9,7 @@ not have, and config files, go to train.py.
   python bench.py --suite=matmul --widths=768,1024,2048,4096
   python bench.py --suite=formats config/speedrun_cpu.py --dataset=shakespeare_char
   python bench.py --suite=adapters config/finetune_lora.py
+  python bench.py --suite=finetuning --init_from=../SmolLM2-135M --dataset=mine --batch_size=4 --block_size=512
   python bench.py --suite=export
   python bench.py --suite=data --tokenizer=gpt2
   python bench.py --suite=plan config/train_fineweb_124m.py --memory=12
@@ -23,6 +24,7 @@ speed     this trainer and a peer on the same token files: speed of training and
 matmul    a Linear by each recipe of train.py's key `matmul`, at several widths: time, errors, memory kept for backward
 formats   a config by each recipe and number format: val loss, time and memory, over seeds
 adapters  a finetuning by each kind of adapter and by all weights: val loss, time and memory, over seeds; serving
+finetuning  a step of finetuning, here and in transformers with peft: time and memory
 export    a model of GPT-2's smallest size to each form that export.py has: time and memory
 data      text to token files, beside the tokenizer alone; its memory; what it takes to read batches
 plan      the GPU memory that a config will take, without a GPU; the largest micro-batch that fits
@@ -44,7 +46,7 @@ from sologpt.bench import process
 from sologpt.machine import devices
 
 # ----------------------------------------------------------------------------------------------------------------------
-suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, export, data, plan, dryrun or gpu
+suite = ''  # race, sweep, ablation, speed, matmul, formats, adapters, finetuning, export, data, plan, dryrun or gpu
 runs = 3  # runs of each program or config, in turn, with seeds 1, 2, ...
 dest = ''  # the JSON file of the figures; a picture goes beside it where the suite draws one; '': results/<suite>.json
 # race, speed, dryrun and gpu
@@ -53,9 +55,9 @@ peer = ''  # the folder of the other trainer
 peer_args = 'config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=145 --eval_interval=2000 \
 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 \
 --lr_decay_iters=2000 --dropout=0.0'  # the arguments of the peer's train.py: nanoGPT's README command for a CPU
-# sweep and adapters
-steps = 5  # training steps of each micro-batch, or of each adapter with 124M parameters
-# matmul, formats, adapters and gpu
+# sweep, adapters and finetuning
+steps = 5  # training steps of each micro-batch, of each adapter with 124M parameters, or of each side
+# matmul, formats, adapters, finetuning and gpu
 recipes = ''  # only these rows, separated by commas: names of rows, of a recipe, or of a part of gpu; '': all
 # matmul
 widths = '768,1024,2048,4096'  # widths of a square Linear; the largest take longest
@@ -77,8 +79,8 @@ restart = False  # measure again what dest has
 for_train = []
 config, given = configure(globals(), pass_on=for_train)
 
-SUITES = ('race', 'sweep', 'ablation', 'speed', 'matmul', 'formats', 'adapters', 'export', 'data', 'plan', 'dryrun',
-          'gpu')
+SUITES = ('race', 'sweep', 'ablation', 'speed', 'matmul', 'formats', 'adapters', 'finetuning', 'export', 'data', 'plan',
+          'dryrun', 'gpu')
 if suite not in SUITES:
     raise InputError(f'suite={suite!r}: use --suite= with {", ".join(SUITES)}')
 if quick and suite != 'gpu':
