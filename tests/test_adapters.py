@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sologpt.adapters.methods.bottleneck import Bottleneck
 from sologpt.adapters.methods.dora import DoRA
 from sologpt.adapters.methods.lora import LoRA
 from sologpt.adapters.methods.vera import Projection, VeRA
+from sologpt.adapters.targets import Target
 from sologpt.machine.devices import autocast
 from sologpt.matmuls.attention import ATTENTION
 from sologpt.matmuls.held import hold_base
@@ -23,6 +25,7 @@ from sologpt.matmuls.nf4 import NF4Linear
 METHODS = ('lora', 'dora', 'vera', 'bottleneck', 'prompt', 'prefix')
 BESIDE = METHODS[:4]
 KINDS = [dict(bias=True), dict(bias=False), dict(arch='modern', smear=True)]
+LLAMA = dict(arch='llama', n_kv_head=1, bias='qkv', qk_norm='gain', window=6)
 P = 3
 IDX, TARGETS = torch.randint(33, (2, 3, 12), generator=torch.Generator().manual_seed(7))
 
@@ -64,7 +67,7 @@ def assert_same(found, expected, tolerance=1e-5):
 
 # Training.
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [*KINDS, LLAMA])
 @pytest.mark.parametrize('method', METHODS)
 def test_training_begins_at_the_base_and_changes_the_adapter_alone(method, kind):
     m = base(method=method, **kind)
@@ -83,7 +86,7 @@ def test_training_begins_at_the_base_and_changes_the_adapter_alone(method, kind)
         optimizer.step()
     now = dict(m.named_parameters())
     assert start.keys() == {'virtual'} if method not in BESIDE else len(start) == (
-        len(parts(m)) * {'lora': 2, 'dora': 3, 'vera': 2, 'bottleneck': 4}[method])
+        sum(len(part.targets) for _, part in parts(m)) * {'lora': 2, 'dora': 3, 'vera': 2, 'bottleneck': 4}[method])
     assert not any(torch.equal(now[name], p) for name, p in start.items())
     frozen = {name.replace('.base.', '.'): p for name, p in now.items() if name not in start}
     assert frozen.keys() == former.keys() and all(torch.equal(p, former[name]) for name, p in frozen.items())
@@ -92,6 +95,7 @@ def test_training_begins_at_the_base_and_changes_the_adapter_alone(method, kind)
 
 @pytest.mark.parametrize('method, held, kind', [
     *((method, 'float32', dict()) for method in METHODS), ('lora', 'nf4', dict()), ('dora', 'nf4', KINDS[2]),
+    ('lora', 'float32', LLAMA), ('vera', 'nf4', LLAMA), ('dora', 'float32', LLAMA), ('prefix', 'float32', LLAMA),
     ('prefix', 'float32', KINDS[2])])
 def test_checkpointed_and_compiled_gradients_are_the_plain_ones(method, held, kind):
     found = []
@@ -111,7 +115,7 @@ def test_checkpointed_and_compiled_gradients_are_the_plain_ones(method, held, ki
 
 
 @pytest.mark.parametrize('held', ['float32', 'nf4'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [*KINDS, LLAMA])
 @pytest.mark.parametrize('method', METHODS)
 def test_bfloat16_gradients_are_near_those_in_float32(method, kind, held):
     found = []
@@ -126,41 +130,64 @@ def test_bfloat16_gradients_are_near_those_in_float32(method, kind, held):
 
 
 def by_hand(part, W, bias, x):
-    """What a part computes, by its paper."""
-    bias = 0 if bias is None else bias
+    """What a part computes, by its paper, one target after the other."""
+    bias = torch.zeros(len(W)) if bias is None else bias
+    h, pieces, begin = x @ W.T + bias, [], 0
+    for i, target in enumerate(part.targets):
+        rows = target.rows
+        pieces += [h[..., begin:rows.start], by_hand_of_target(part, i, target, W[rows], bias[rows], x)]
+        begin = rows.stop
+    return torch.cat([*pieces, h[..., begin:]], dim=-1)
+
+
+def by_hand_of_target(part, i, target, W, bias, x):
+    own = {name: getattr(part, name)[i] for name in part.file_ends}
     if isinstance(part, DoRA):
-        merged = W + part.scale * part.B @ part.A
-        return x @ (merged * (part.m / merged.norm(dim=1).detach())[:, None]).T + bias
+        merged = W + target.scale * own['B'] @ own['A']
+        return x @ (merged * (own['m'] / merged.norm(dim=1).detach())[:, None]).T + bias
     h = x @ W.T + bias
     if isinstance(part, LoRA):
-        return h + part.scale * (x @ part.A.T) @ part.B.T
+        return h + target.scale * (x @ own['A'].T) @ own['B'].T
     if isinstance(part, VeRA):
         A, B = part.projection.A[:, :x.size(-1)], part.projection.B[:len(W)]
-        return h + part.b * ((x @ A.T * part.d) @ B.T)
-    return h + F.gelu(h @ part.D.T + part.c) @ part.U.T + part.e
+        return h + own['b'] * ((x @ A.T * own['d']) @ B.T)
+    return h + F.gelu(h @ own['D'].T + own['c']) @ own['U'].T + own['e']
+
+
+WHOLE = [Target('whole', slice(0, 36), 3, 0.7)]
+FIRST = [Target('q', slice(0, 20), 3, 0.7)]
+PARTS = [Target('q', slice(0, 12), 3, 0.7), Target('v', slice(20, 28), 2, -1.3), Target('w', slice(28, 36), 3, 0.7)]
 
 
 @pytest.mark.parametrize('held', ['float32', 'nf4'])
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('make', [
-    lambda linear: LoRA(linear, 3, 0.7, 0.0), lambda linear: DoRA(linear, 3, 0.7, 0.0),
-    lambda linear: VeRA(linear, Projection(5, 40, 60, 0), 0.0),
-    lambda linear: Bottleneck(linear, 3, 1.0, 0.0)], ids=BESIDE)
-def test_outputs_and_gradients_equal_the_papers(make, bias, held):
+@pytest.mark.parametrize('targets', [WHOLE, FIRST, PARTS], ids=['whole', 'first', 'parts'])
+@pytest.mark.parametrize('cls', [LoRA, DoRA, VeRA, Bottleneck])
+def test_outputs_and_gradients_equal_the_papers(cls, targets, bias, held):
     torch.manual_seed(0)
     linear = nn.Linear(24, 36, bias).requires_grad_(False)
-    part = make(NF4Linear(linear) if held == 'nf4' else linear)
+    if cls is VeRA:  # it has one rank for all
+        targets = [replace(target, r=5) for target in targets]
+    shared = [Projection(5, 40, 60, 0)] if cls is VeRA else []
+    part = cls(NF4Linear(linear) if held == 'nf4' else linear, targets, 0.0, *shared)
     ours = [p for p in part.parameters() if p.requires_grad]
     randomise(ours, 0.5)
     x, weights = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 36)
     expected = by_hand(part, part.base.weight, linear.bias, x)
     y = part(x)
     assert_same(y, expected)
+    others = torch.ones(36, dtype=torch.bool)
+    for target in targets:
+        others[target.rows] = False
+    assert torch.equal(y[..., others], part.base(x)[..., others])
     for found, grad in zip(*(torch.autograd.grad((out * weights).sum(), [x, *ours]) for out in (y, expected)),
                            strict=True):
         assert_same(found, grad)
     if isinstance(part, DoRA):
-        torch.testing.assert_close(part.lengths(), (part.base.weight + 0.7 * part.B @ part.A).norm(dim=1))
+        for length, A, B, target in zip(part.lengths(), part.A, part.B, targets, strict=True):
+            torch.testing.assert_close(length, (part.base.weight[target.rows] + target.scale * B @ A).norm(dim=1))
+    if cls.mergeable:
+        assert_same(x @ (part.base.weight + part.delta()).T + (linear.bias if bias else 0), expected)
 
 
 @pytest.mark.parametrize('method', ['lora', 'dora', 'vera'])
@@ -239,7 +266,7 @@ def test_config_refused(changes, message):
 
 # Virtual tokens.
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [*KINDS, LLAMA])
 def test_a_prompt_is_as_ids_of_its_own(kind):
     m = adapted(base(method='prompt', **kind), 'prompt')
     larger = base(vocab_size=33 + P, **kind)
@@ -255,7 +282,7 @@ def test_a_prompt_is_as_ids_of_its_own(kind):
 
 
 @pytest.mark.parametrize('method', ['prompt', 'prefix'])
-@pytest.mark.parametrize('kind', [dict(bias=True), dict(arch='modern')])
+@pytest.mark.parametrize('kind', [dict(bias=True), dict(arch='modern'), LLAMA | dict(window=None)])
 def test_begun_from_a_text_it_is_that_text_before(method, kind):
     m, text = adapted(base(method=method, **kind), method), torch.tensor([[5, 1, 30]])
     m.begin_from(text)
@@ -267,7 +294,7 @@ def test_begun_from_a_text_it_is_that_text_before(method, kind):
 
 
 @pytest.mark.parametrize('method', ['prompt', 'prefix'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [*KINDS, LLAMA])
 @pytest.mark.parametrize('length', [1, 5, 13, 15])
 def test_greedy_with_cache_and_virtual_tokens_equals_without(method, kind, length):
     m = adapted(base(method=method, **kind), method)

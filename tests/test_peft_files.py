@@ -118,14 +118,19 @@ def saved_by_peft(peft, hf, folder, method, options):
     return peft_logits(model, method)
 
 
-def loaded_by_peft(peft, hf, folder, method):
-    """The logits of peft with the adapter in `folder`, whose tensors have to be just those that it wants."""
+def loaded_by(peft, model, folder):
+    """A model of transformers with the adapter in `folder`, whose tensors have to be just those that peft wants."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        model = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(hf), folder)
+        model = peft.PeftModel.from_pretrained(model, folder)
     assert not [w for w in caught if re.search('missing|unexpected|fan_in_fan_out', str(w.message), re.I)]
     assert peft.get_peft_model_state_dict(model).keys() == load_file(folder / WEIGHTS).keys()
-    return peft_logits(model, method)
+    return model
+
+
+def loaded_by_peft(peft, hf, folder, method):
+    """The logits of GPT-2 with the adapter in `folder` in peft."""
+    return peft_logits(loaded_by(peft, transformers.GPT2LMHeadModel.from_pretrained(hf), folder), method)
 
 
 @pytest.mark.parametrize('case', CASES)

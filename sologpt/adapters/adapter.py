@@ -35,7 +35,7 @@ class Adapter:
     base: str = ''  # where its base lies
     base_hash: str = ''  # the base's fingerprint(); '': unknown, as in peft's files
     base_format: str = 'float32'  # how the base was held when the adapter was trained
-    heads: int | None = None  # attention heads that the base must have, if known
+    heads: int | None = None  # what the method's heads() of the base must be, if known
 
     def to_save(self) -> dict:
         """All but the tensors, as plain values for a checkpoint."""
@@ -55,14 +55,14 @@ def model_class(config: AdapterConfig | None) -> type[GPT]:
 
 def attach(model: GPT, config: AdapterConfig) -> None:
     """
-    Freeze the model, a model_class(config) on the CPU, and put an untrained adapter to it. Raises InputError if the
-    adapter does not fit the model.
+    Freeze the model, a model_class(config) on the CPU, and put an untrained adapter to it. If the config does not say
+    which Linears have one, it does so afterwards. Raises InputError if the adapter does not fit the model.
     """
     model.requires_grad_(False)
     if not config.cls.adds_tokens:
-        linears = {name: model.get_submodule(name) for name in config.find_targets(model)}
-        sizes = {name: config.rank_and_scale(name) for name in linears}
-        beside = config.cls.beside(linears, sizes, config.dropout, config.projection_prng_key)
+        targets = config.find_targets(model)
+        linears = {name: model.get_submodule(name) for name in targets}
+        beside = config.cls.beside(linears, targets, config.dropout, config.projection_prng_key)
         for name, part in beside.items():
             model.set_submodule(name, part)
         return
@@ -82,14 +82,14 @@ def parts(model: nn.Module) -> list[tuple[str, BesideLinear]]:
 
 def low_rank_Bs(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that LoRA+ (https://arxiv.org/abs/2402.12354) trains at a higher rate: LoRA's matrices B."""
-    return [getattr(part, name) for _, part in parts(model) for name in part.lora_plus]
+    return [B for _, part in parts(model) for name in part.lora_plus for B in getattr(part, name)]
 
 
 def _places(model):
     """Names in files -> (module, attribute) of the model's adapter."""
     if model.n_virtual:
         return model.file_tensors()
-    return {name: place for linear, part in parts(model) for name, place in part.file_tensors(linear).items()}
+    return {name: place for _, part in parts(model) for name, place in part.file_tensors().items()}
 
 
 def tensors_of(model: GPT) -> dict[str, Tensor]:
@@ -102,8 +102,9 @@ def put_adapter(model: GPT, adapter: Adapter, source: str) -> None:
     Freeze the model, a model_class(adapter.config) on the CPU, and put the adapter's tensors to it, as copies in
     float32. Raises InputError, which names `source`, if they do not fit.
     """
-    if adapter.heads not in (None, model.config.n_head):
-        raise InputError(f'{source} is for {adapter.heads} heads, the model has {model.config.n_head}')
+    heads = adapter.config.cls.heads(model.config)
+    if adapter.heads not in (None, heads):
+        raise InputError(f'{source} is for {adapter.heads} heads, the model has {heads}')
     attach(model, adapter.config)
     places, given = _places(model), dict(adapter.tensors)
     expected = tensors_of(model)

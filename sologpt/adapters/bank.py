@@ -40,9 +40,11 @@ class Bank:
 
     def __init__(self, model: nn.Module, adapters: list[dict[str, tuple[Tensor, Tensor]]], dtype: torch.dtype):
         """adapters: for each the name of a Linear -> (A, B), (r, in) and (out, r). dtype: of matmuls."""
-        self.r = max(len(A) for matrices in adapters for A, _ in matrices.values())
-        names = dict.fromkeys(name for matrices in adapters for name in matrices)
-        self.parts = {name: Batched(model.get_submodule(name), len(adapters) + 1, self.r, dtype) for name in names}
+        self.ranks = {}  # name of a Linear -> the largest rank there
+        for name, (A, _) in (item for matrices in adapters for item in matrices.items()):
+            self.ranks[name] = max(self.ranks.get(name, 0), len(A))
+        self.parts = {name: Batched(model.get_submodule(name), len(adapters) + 1, r, dtype)
+                      for name, r in self.ranks.items()}
         for name, part in self.parts.items():
             model.set_submodule(name, part)
         for slot, matrices in enumerate(adapters, 1):
@@ -54,12 +56,12 @@ class Bank:
         Put an adapter into a slot. Rows that have chosen the slot keep what was there until the next select(). Raises
         InputError if the bank has no room for the adapter.
         """
-        if not matrices.keys() <= self.parts.keys():
-            raise InputError(f'the adapter has {min(matrices.keys() - self.parts.keys())}, which none of the adapters '
-                             f'had that the bank was made for')
-        rank = max(len(A) for A, _ in matrices.values())
-        if rank > self.r:
-            raise InputError(f'the adapter has rank {rank}, but the bank has room for {self.r}')
+        for name, (A, _) in matrices.items():
+            if name not in self.parts:
+                raise InputError(f'the adapter has {name}, which none of the adapters had that the bank was made for')
+            if len(A) > self.ranks[name]:
+                raise InputError(f'the adapter has rank {len(A)} at {name}, but the bank has room for '
+                                 f'{self.ranks[name]}')
         for name, part in self.parts.items():
             part.slots_A[slot], part.slots_B[slot] = 0, 0
             if name in matrices:

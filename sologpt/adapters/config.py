@@ -12,13 +12,12 @@ import torch.nn as nn
 from configurator import InputError
 from sologpt.adapters.method import Method
 from sologpt.adapters.methods import METHODS
-from sologpt.files.family import LINEARS
-from sologpt.matmuls.nf4 import NF4Linear
+from sologpt.adapters.targets import NamedLinear, Target, named_linears, short_names
 
 NUMBER = (int, float)
 KINDS = {  # AdapterConfig's fields -> (the types of a value, the types of what a value contains)
     'r': (int, int), 'lora_alpha': (NUMBER, NUMBER), 'use_rslora': (bool, bool), 'dropout': (NUMBER, NUMBER),
-    'target_modules': ((list, str), str), 'exclude_modules': ((list, str, type(None)), str),
+    'target_modules': ((list, str, type(None)), str), 'exclude_modules': ((list, str, type(None)), str),
     'layers_to_transform': ((list, type(None)), int), 'rank_pattern': (dict, int), 'alpha_pattern': (dict, NUMBER),
     'projection_prng_key': (int, int), 'num_virtual_tokens': (int, int)}
 # train.py's keys -> AdapterConfig's fields. adapter_r is the method's size_field
@@ -34,7 +33,8 @@ class AdapterConfig:
     lora_alpha: float = 32.0
     use_rslora: bool = False
     dropout: float = 0.0  # of the input of A, or of VeRA's A0
-    target_modules: list | str | None = None  # ends of Linears' names, or a regular expression for whole names
+    target_modules: list | str | None = None  # ends of Linears' names, or a regular expression for whole names, as
+    # ... targets.py has them; None: the method's default_targets
     exclude_modules: list | str | None = None  # in the same form
     layers_to_transform: list | None = None  # numbers of blocks; None: all
     rank_pattern: dict = field(default_factory=dict)  # the end of a name, as a regular expression -> its rank
@@ -49,8 +49,6 @@ class AdapterConfig:
                              f'{", ".join(METHODS)}')
         if self.r is None:
             self.r = self.cls.default_r
-        if self.target_modules is None:
-            self.target_modules = list(self.cls.default_targets)
         self._check_kinds()
         if self.r < 1 or self.num_virtual_tokens < 1 or any(r < 1 for r in self.rank_pattern.values()):
             raise InputError(f'an adapter with r={self.r}, num_virtual_tokens={self.num_virtual_tokens} and '
@@ -98,33 +96,45 @@ class AdapterConfig:
         size = getattr(self, self.cls.size_field)
         return f'{self.method}, {size} virtual tokens' if self.cls.adds_tokens else f'{self.method}, r={size}'
 
-    def find_targets(self, model: nn.Module) -> list[str]:
-        """The names of the Linears that the adapter stands beside. Raises InputError if it names others, or none."""
+    def find_targets(self, model: nn.Module) -> dict[str, list[Target]]:
+        """
+        Our names of the Linears that the adapter stands beside -> what it changes there, in the order of the rows. If
+        target_modules is None, it becomes the method's default. Raises InputError if the adapter names what the model
+        does not have, or what can have no adapter.
+        """
+        in_blocks = short_names(model.config)
+        if self.target_modules is None:
+            self.target_modules = short_names(model.config, self.cls.default_targets)
         # peft would match the tables and the head, too. An adapter of them could not be merged if they are one tensor
-        names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding, NF4Linear))]
-        found = [name for name in names if self._matches(name)]
-        outside = [name for name in found if not name.startswith('transformer.h.')]
+        named = named_linears(model)
+        found = [one for one in named if self._matches(one, in_blocks)]
+        outside = [one.name for one in found if one.block is None]
         if outside:
             raise InputError(f'the adapter is for {", ".join(outside)}: only Linears of blocks can have one')
         if not isinstance(self.target_modules, str):
             for end in self.target_modules:
-                if not any(_ends_with(name, end) for name in names):
+                if not any(_ends_with(one.name, end) for one in named):
                     raise InputError(f'the adapter is for {end!r}, which this model does not have: it has '
-                                     f'{", ".join(LINEARS)}')
+                                     f'{", ".join(in_blocks)}')
         if not found:
-            raise InputError(f'the adapter is for {self.target_modules!r}, which matches no Linear of this model')
-        return found
+            raise InputError(f'the adapter is for {self.target_modules!r}, which matches no Linear of this model: it '
+                             f'has {", ".join(in_blocks)}')
+        targets = {}
+        for one in found:
+            targets.setdefault(one.linear, []).append(Target(one.name, one.rows, *self.rank_and_scale(one.name)))
+        return targets
 
-    def _matches(self, name):
-        if _any_matches(self.exclude_modules, name) or not _any_matches(self.target_modules, name):
+    def _matches(self, one: NamedLinear, in_blocks: list[str]) -> bool:
+        targets, excluded = (in_blocks if ends == 'all-linear' else ends  # in peft's files
+                             for ends in (self.target_modules, self.exclude_modules))
+        if _any_matches(excluded, one.name) or not _any_matches(targets, one.name):
             return False
         if self.layers_to_transform is None or isinstance(self.target_modules, str):  # as in peft
             return True
-        block = re.match(r'transformer\.h\.(\d+)\.', name)
-        return bool(block) and int(block[1]) in self.layers_to_transform
+        return one.block in self.layers_to_transform
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
-        """(r, g) of the Linear `name`: B A x is multiplied by g."""
+        """(r, g) of the Linear that files call `name`: B A x is multiplied by g."""
         r, alpha = (next((value for end, value in pattern.items() if re.match(rf'(.*\.)?({end})$', name)), default)
                     for pattern, default in ((self.rank_pattern, self.r), (self.alpha_pattern, self.lora_alpha)))
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
@@ -135,8 +145,6 @@ def _ends_with(name, end):
 
 
 def _any_matches(targets, name):
-    if targets == 'all-linear':  # in peft's files
-        targets = LINEARS
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(_ends_with(name, end) for end in targets or ())

@@ -23,7 +23,8 @@ from sologpt.files.safetensors_files import write_tensors
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 # keys of all methods -> the values that they may have
-ALLOWED = {'task_type': (None, 'CAUSAL_LM'), 'bias': ('none',), 'layers_pattern': (None, '', [], 'h', ['h'])}
+ALLOWED = {'task_type': (None, 'CAUSAL_LM'), 'bias': ('none',),
+           'layers_pattern': (None, '', [], 'h', ['h'], 'layers', ['layers'])}
 # keys of all methods that change nothing here: they say where the adapter is from, or how it is held
 IGNORED = ('peft_type', 'base_model_name_or_path', 'auto_mapping', 'peft_version', 'revision', 'inference_mode',
            'fan_in_fan_out')

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from configurator import InputError
 from sologpt.adapters.method import BesideLinear
+from sologpt.adapters.targets import Target
 
 
 class Bottleneck(BesideLinear):
@@ -25,16 +26,18 @@ class Bottleneck(BesideLinear):
     peft_type, known_to_peft = 'BOTTLENECK', False
     peft_fields = {'r': 'r', 'target_modules': 'target_modules', 'layers_to_transform': 'layers_to_transform'}
 
-    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float):
-        """r: the width between the two layers. scale and dropout have no effect."""
-        super().__init__(base)
-        n = base.weight.shape[0]
-        self.D, self.c, self.U, self.e = self.new(r, n), self.new(r), self.new(n, r), self.new(n)
-        nn.init.kaiming_uniform_(self.D, a=math.sqrt(5))
+    def __init__(self, base: nn.Module, targets: list[Target], dropout: float):
+        """A target's r is the width between the two layers. Its scale and dropout have no effect."""
+        super().__init__(base, targets)
+        self.D, self.c = self.new(lambda target: (target.r, target.n_out)), self.new(lambda target: target.r)
+        self.U, self.e = self.new(lambda target: (target.n_out, target.r)), self.new(lambda target: target.n_out)
+        for D in self.D:
+            nn.init.kaiming_uniform_(D, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.base(x)
-        return h + F.linear(F.gelu(F.linear(h, self.D, self.c)), self.U, self.e)
+        def change(i, h):
+            return h + F.linear(F.gelu(F.linear(h, self.D[i], self.c[i])), self.U[i], self.e[i])
+        return self.changed(self.base(x), change)
 
-    def delta(self):
+    def deltas(self):
         raise InputError('adapter=bottleneck is not linear: it cannot be merged into the weights')

@@ -10,8 +10,9 @@ the lengths of W's rows, so that the model begins as its base.
 import torch
 import torch.nn as nn
 
-from sologpt.adapters.method import BesideLinear
+from sologpt.adapters.method import BesideLinear, joined
 from sologpt.adapters.methods.lora import LoRA
+from sologpt.adapters.targets import Target
 from sologpt.machine.devices import matmul_dtype
 
 
@@ -21,35 +22,44 @@ class DoRA(LoRA):
     file_ends = LoRA.file_ends | {'m': 'lora_magnitude_vector'}
     peft_marks = {'use_dora': True}
 
-    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float):
-        super().__init__(base, r, scale, dropout)
+    def __init__(self, base: nn.Module, targets: list[Target], dropout: float):
+        super().__init__(base, targets, dropout)
         self.register_buffer('base_squared', base.weight.detach().float().square().sum(1), persistent=False)
-        self.m = nn.Parameter(self.base_squared.sqrt())
+        self.m = nn.ParameterList(nn.Parameter(self.base_squared[target.rows].sqrt()) for target in targets)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
-        factor = self.m / self.lengths()
+        factors = [m / length for m, length in zip(self.m, self.lengths(), strict=True)]
+        factor = joined(self.in_rows(factors, factors[0].new_ones))
         bias = self.base.bias  # stays outside of the product
         y = y * factor if bias is None else torch.addcmul(bias * (1 - factor), y, factor)
         return y.to(matmul_dtype(x))
 
     @torch.no_grad()
-    def lengths(self) -> torch.Tensor:
+    def lengths(self) -> list[torch.Tensor]:
         """
-        The lengths of the merged weight's rows, (out), without making that weight: the square root of
+        The lengths of the merged weight's rows, (n_out) for each target, without making that weight: the square root of
         |W|^2 + 2 g W A^T . B + g^2 B A A^T . B, row by row.
         """
-        with torch.autocast(self.A.device.type, enabled=False):
-            A, B = self.A, self.B * self.scale
-            mixed = self.base.weight.float() @ A.mT
-            return (self.base_squared + ((2 * mixed + B @ (A @ A.mT)) * B).sum(1)).clamp(min=1e-20).sqrt()
+        found, weight = [], self.base.weight  # an NF4Linear decodes it
+        with torch.autocast(weight.device.type, enabled=False):
+            for A, B, target in zip(self.A, self.B, self.targets, strict=True):
+                B = B * target.scale
+                mixed = weight[target.rows].float() @ A.mT
+                squared = self.base_squared[target.rows] + ((2 * mixed + B @ (A @ A.mT)) * B).sum(1)
+                found.append(squared.clamp(min=1e-20).sqrt())
+        return found
 
-    def delta(self):
-        weight = self.base.weight.float()
-        merged = weight + self.scale * self.B @ self.A
-        return merged * (self.m / merged.norm(dim=1).clamp(min=1e-10))[:, None] - weight
+    def deltas(self):
+        found, whole = [], self.base.weight
+        for A, B, m, target in zip(self.A, self.B, self.m, self.targets, strict=True):
+            weight = whole[target.rows].float()
+            merged = weight + target.scale * B @ A
+            found.append(merged * (m / merged.norm(dim=1).clamp(min=1e-10))[:, None] - weight)
+        return found
 
-    low_rank = BesideLinear.low_rank  # its change of the weight has full rank
+    low_ranks = BesideLinear.low_ranks  # its change of the weight has full rank
 
     def family_tensors(self):
-        return *LoRA.low_rank(self), {'lora_magnitude_vector': self.m.detach()}
+        [(A, B)] = LoRA.low_ranks(self)
+        return A, B, {'lora_magnitude_vector': self.m[0].detach()}

@@ -5,6 +5,10 @@ LoRA (https://arxiv.org/abs/2106.09685): a change of low rank beside each weight
 
 g = alpha / r, and with rsLoRA (https://arxiv.org/abs/2312.03732) g = alpha / sqrt(r). B begins at zero, so that the
 model begins as its base. Afterwards g B A can be added to W.
+
+A Linear with several targets has an A and a B for each of them, over all of its input and over the target's rows. The
+matrices A are multiplied as one, below each other. So are the matrices B, as one with zeros between them: a matmul for
+each target, and the sums of their gradients, would take longer.
 """
 
 import math
@@ -13,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sologpt.adapters.method import BesideLinear
+from sologpt.adapters.method import BesideLinear, joined
+from sologpt.adapters.targets import Target
 
 
 class LoRA(BesideLinear):
@@ -30,22 +35,28 @@ class LoRA(BesideLinear):
     peft_allowed = {'init_lora_weights': (True, False, 'gaussian', 'eva', 'orthogonal'), 'use_dora': (True, False)}
     peft_ignored = ('megatron_core', 'qalora_group_size')
 
-    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float):
-        """scale: g. dropout: of the input of A."""
-        super().__init__(base)
-        n_out, n_in = base.weight.shape
-        self.A, self.B = self.new(r, n_in), self.new(n_out, r)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.scale, self.dropout = scale, nn.Dropout(dropout)
+    def __init__(self, base: nn.Module, targets: list[Target], dropout: float):
+        """dropout: of the input of A."""
+        super().__init__(base, targets)
+        self.A = self.new(lambda target: (target.r, self.n_in))
+        self.B = self.new(lambda target: (target.n_out, target.r))
+        for A in self.A:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout)
+        self.scale = targets[0].scale
+        self.other_scales = [target.scale / self.scale for target in targets[1:]]  # of the other targets, beside it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)
-        y, h = self.base(rows), F.linear(self.dropout(rows), self.A)
+        y, h = self.base(rows), F.linear(self.dropout(rows), joined(list(self.A)))
+        first, *others = self.B
+        B = self.block_diagonal([first, *(B * s for B, s in zip(others, self.other_scales, strict=True))])
         # in place, because another pass over y would be a tenth of the whole; nothing needs what y was
-        return y.addmm_(h, self.B.mT.to(y.dtype), alpha=self.scale).unflatten(0, x.shape[:-1])
+        return y.addmm_(h, B.mT.to(y.dtype), alpha=self.scale).unflatten(0, x.shape[:-1])
 
-    def low_rank(self):
-        return self.A.detach(), self.B.detach() * self.scale
+    def low_ranks(self):
+        return [(A.detach(), B.detach() * target.scale)
+                for A, B, target in zip(self.A, self.B, self.targets, strict=True)]
 
     @classmethod
     def peft_settings(cls, model_config, transposed):

@@ -4,7 +4,7 @@ VeRA (https://arxiv.org/abs/2310.11454): as LoRA, but the two matrices are rando
     y = W x + b * B0 (d * A0 x)          b (out) and d (r) trained; A0 (r, in) and B0 (out, r) random and frozen
 
 Two vectors are trained in the place of two matrices. b begins at zero, so that the model begins as its base. A0 and B0
-have the size of the widest Linears; others take a part of them.
+have the size of the widest targets; others take a part of them, from the first row on.
 """
 
 import math
@@ -14,10 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from sologpt.adapters.method import BesideLinear
+from sologpt.adapters.targets import Target
 
 
 class Projection(nn.Module):
-    """A0, (r, in), and B0, (out, r), of the widest Linears: the same random numbers as peft's."""
+    """A0, (r, in), and B0, (out, r), of the widest targets: the same random numbers as peft's."""
 
     def __init__(self, r: int, n_in: int, n_out: int, seed: int):
         super().__init__()
@@ -36,36 +37,39 @@ class VeRA(BesideLinear):
                    'layers_to_transform': 'layers_to_transform', 'projection_prng_key': 'projection_prng_key'}
     peft_ignored = ('d_initial', 'init_weights', 'save_projection')
 
-    def __init__(self, base: nn.Module, projection: Projection, dropout: float):
+    def __init__(self, base: nn.Module, targets: list[Target], dropout: float, projection: Projection):
         """dropout: of the input of A0."""
-        super().__init__(base)
+        super().__init__(base, targets)
         self.projection = projection  # one module, which all share
-        self.n_out, self.n_in = base.weight.shape
-        self.b, self.d = self.new(self.n_out), self.new(len(projection.A), value=0.1)
+        self.b, self.d = self.new(lambda target: target.n_out), self.new(lambda target: target.r, value=0.1)
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def beside(cls, linears, sizes, dropout, seed):
-        widest_in, widest_out = (max(linear.weight.shape[i] for linear in linears.values()) for i in (1, 0))
-        r, _ = next(iter(sizes.values()))
-        projection = Projection(r, widest_in, widest_out, seed)
-        return {name: cls(linear, projection, dropout) for name, linear in linears.items()}
+    def beside(cls, linears, targets, dropout, seed):
+        every = [target for of_linear in targets.values() for target in of_linear]
+        widest_in = max(linear.weight.shape[1] for linear in linears.values())
+        projection = Projection(every[0].r, widest_in, max(target.n_out for target in every), seed)
+        return {name: cls(linear, targets[name], dropout, projection) for name, linear in linears.items()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = F.linear(self.dropout(x), self.projection.A[:, :self.n_in]) * self.d
-        z = F.linear(h, self.projection.B[:self.n_out])
-        return torch.addcmul(self.base(x), z, self.b.to(z.dtype))
+        h = F.linear(self.dropout(x), self.projection.A[:, :self.n_in])
+
+        def change(i, y):
+            z = F.linear(h * self.d[i], self.projection.B[:self.targets[i].n_out])
+            return torch.addcmul(y, z, self.b[i].to(z.dtype))
+        return self.changed(self.base(x), change)
 
     def flops_per_token(self):
-        return 4 * len(self.d) * (self.n_in + self.n_out)
+        return 4 * self.targets[0].r * (self.n_in + sum(target.n_out for target in self.targets))
 
-    def low_rank(self):
-        A, B = self.projection.A[:, :self.n_in], self.projection.B[:self.n_out]
-        return A * self.d.detach()[:, None], B * self.b.detach()[:, None]
+    def low_ranks(self):
+        A = self.projection.A[:, :self.n_in]
+        return [(A * d.detach()[:, None], self.projection.B[:len(b)] * b.detach()[:, None])
+                for b, d in zip(self.b, self.d, strict=True)]
 
-    def file_tensors(self, name):
+    def file_tensors(self):
         shared = {f'base_model.vera_{half}': (self.projection, half) for half in 'AB'}
-        return super().file_tensors(name) | shared
+        return super().file_tensors() | shared
 
     @classmethod
     def peft_settings(cls, model_config, transposed):
