@@ -97,7 +97,9 @@ def load_model(source, loaded, place):
     if loaded:
         return *load_base(loaded, source, attn_backend=attn_backend), found
     saved.pop('optimizer', None)  # it would keep the file open
-    return GPT.from_weights(replace(gpt, attn_backend=attn_backend), weights, source), saved, found
+    # Tables in float16 would put the residual stream in it, whose range is too small. Latent weights are in float32.
+    kept = (torch.bfloat16,) if found == 'bfloat16' and not saved.get('matmul') else ()
+    return GPT.from_weights(replace(gpt, attn_backend=attn_backend), weights, source, kept), saved, found
 
 
 def follow_recipe(model, matmul, dtype):

@@ -10,15 +10,18 @@ import torch.nn as nn
 from configurator import InputError
 from model import GPT
 from sologpt.adapters.adapter import Adapter, model_class
-from sologpt.matmuls.held import hold_base
+from sologpt.matmuls.held import hold_base, kept_for_base
+
+PIECE = 2 ** 22  # numbers that are hashed at a time
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of a model's weights: their names, shapes and values."""
+    """SHA-256, in hexadecimal, of a model's weights: their names, shapes and values, in whatever dtype they are."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f'{name} {tuple(p.shape)} '.encode())
-        digest.update(p.detach().cpu().float().contiguous().view(torch.uint8).numpy())
+        for piece in p.detach().flatten().split(PIECE):  # a copy of a whole table in float32 would be large
+            digest.update(piece.cpu().float().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -50,21 +53,22 @@ def load_base(adapters: list[Adapter], source: str | None = None, or_merged: boo
         raise InputError('the adapter does not say where its base is: give its name or folder as init_from')
     classes = [model_class(adapter.config) for adapter in adapters]
     cls = next((cls for cls in classes if cls is not GPT), GPT)
-    model, saved = cls.from_checkpoint(source, **overrides)
+    base_format = adapters[0].base_format
+    model, saved = cls.from_checkpoint(source, kept_for_base(base_format), **overrides)
     if or_merged and all(adapter.base_hash == saved.get('merged_from', '-') for adapter in adapters):
         for adapter in adapters:
             if adapter.config.cls.depends_on_base:
                 raise InputError(f'{source} has been merged into already, and a {adapter.config.method} needs the rows '
                                  f'of its base')
-        return model, saved
+        return model.float(), saved
     for adapter in adapters:
-        if adapter.base_format != adapters[0].base_format:
-            raise InputError(f'one adapter is for a base in {adapters[0].base_format}, another for one in '
+        if adapter.base_format != base_format:
+            raise InputError(f'one adapter is for a base in {base_format}, another for one in '
                              f'{adapter.base_format}')
     found = fingerprint(model)
     for adapter in adapters:
         check_base(adapter, found, source)
         adapter.base, adapter.base_hash = source, found
     saved['merged_from'] = found
-    hold_base(model, adapters[0].base_format, 'float32')
+    hold_base(model, base_format, 'float32')
     return model, saved

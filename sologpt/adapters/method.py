@@ -153,7 +153,7 @@ class BesideLinear(Method, nn.Module):
         return [B @ A for A, B in self.low_ranks()]
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """(A, B), (r, in) and (out, r), in float32, with delta = B A: r is the sum of the targets'. Raises InputError."""
+        """(A, B), (sum of the targets' r, in) and (out, that sum), in float32: delta is B A. Raises InputError."""
         As, Bs = zip(*self.low_ranks(), strict=True)
         return joined(As), self.block_diagonal(Bs)
 

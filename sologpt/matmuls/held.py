@@ -2,11 +2,13 @@
 In which dtype or format a model holds its weights.
 
     hold_matrices_in_bfloat16  training of all weights in half the memory (weights_dtype='bfloat16')
-    hold_base                  the frozen base of an adapter (base_format); decode_base undoes NF4
+    hold_base                  the frozen base of an adapter (base_format); decode_base undoes NF4; kept_for_base says
+                               what of a file need not become float32 before
     hold_block_linears_in      the frozen Linears beside an adapter, in the dtype that their matmuls need
     hold_all_linears_in        the Linears in inference, the same
 """
 
+import torch
 import torch.nn as nn
 
 from configurator import InputError
@@ -15,6 +17,14 @@ from sologpt.matmuls.nf4 import NF4Linear, decoded_linear
 from sologpt.matmuls.recipe_linear import block_linears
 
 BASE_FORMATS = ('float32', 'bfloat16', 'nf4')
+
+
+def kept_for_base(base_format: str) -> tuple[torch.dtype, ...]:
+    """
+    The dtypes in which a file's matrices may stay until hold_base() rounds them. What it makes of them is the same, and
+    no copy in float32 exists.
+    """
+    return () if base_format == 'float32' else (torch.bfloat16, torch.float16)
 
 
 def hold_matrices_in_bfloat16(model: nn.Module) -> None:
@@ -36,12 +46,15 @@ def hold_block_linears_in(model: nn.Module, dtype: str) -> None:
 def hold_all_linears_in(model: nn.Module, dtype: str) -> None:
     """
     Hold the parameters of all Linears in dtype, for inference. Autocast would otherwise round them in every step.
-    The embedding table stays as it is: a head that is tied to it gets a weight of its own.
+    The embedding table stays as it is: a head that is tied to it gets a weight of its own, unless the table is in that
+    dtype already.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             for name, p in layer.named_parameters(recurse=False):
-                setattr(layer, name, nn.Parameter(p.detach().to(DTYPES[dtype]), requires_grad=False))
+                p.requires_grad_(False)
+                if p.dtype != DTYPES[dtype]:
+                    setattr(layer, name, nn.Parameter(p.to(DTYPES[dtype]), requires_grad=False))
 
 
 def hold_base(model: nn.Module, base_format: str, dtype: str) -> None:

@@ -20,7 +20,7 @@ from sologpt.adapters.peft_files import read_adapter
 from sologpt.files import checkpoint
 from sologpt.files.models import read_model
 from sologpt.machine import devices, sharding
-from sologpt.matmuls.held import hold_base, hold_block_linears_in, hold_matrices_in_bfloat16
+from sologpt.matmuls.held import hold_base, hold_block_linears_in, hold_matrices_in_bfloat16, kept_for_base
 from sologpt.matmuls.recipe_linear import convert, sum_in_float32
 from sologpt.matmuls.spec import parse_matmul
 from sologpt.tokens import tokenizer
@@ -65,7 +65,8 @@ def build_model(config: dict, given: list[str], data: Data, machine: Machine, ru
         model_config = with_loss_chunk(model_config, machine.memory)
     torch.manual_seed(config['seed'])
     cls = model_class(adapter and adapter.config)
-    model = cls(model_config) if weights is None else cls.from_weights(model_config, weights, source)
+    kept = kept_for_base(adapter.base_format) if adapter else ()
+    model = cls(model_config) if weights is None else cls.from_weights(model_config, weights, source, kept)
     if adapter:
         take_base(adapter, model, source)
     elif config['block_size'] < model.config.block_size and model.config.positions == 'learned':
