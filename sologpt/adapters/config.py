@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 from configurator import InputError
+from model import GPTConfig
 from sologpt.adapters.method import Method
 from sologpt.adapters.methods import METHODS
 from sologpt.adapters.targets import NamedLinear, Target, named_linears, short_names
@@ -96,15 +97,18 @@ class AdapterConfig:
         size = getattr(self, self.cls.size_field)
         return f'{self.method}, {size} virtual tokens' if self.cls.adds_tokens else f'{self.method}, r={size}'
 
+    def complete(self, model_config: GPTConfig) -> None:
+        """Let target_modules say what it means for such a base, if it is None."""
+        if self.target_modules is None and not self.cls.adds_tokens:
+            self.target_modules = short_names(model_config, self.cls.default_targets)
+
     def find_targets(self, model: nn.Module) -> dict[str, list[Target]]:
         """
-        Our names of the Linears that the adapter stands beside -> what it changes there, in the order of the rows. If
-        target_modules is None, it becomes the method's default. Raises InputError if the adapter names what the model
-        does not have, or what can have no adapter.
+        Our names of the Linears that the adapter stands beside -> what it changes there, in the order of the rows.
+        Raises InputError if the adapter names what the model does not have, or what can have no adapter.
         """
+        self.complete(model.config)
         in_blocks = short_names(model.config)
-        if self.target_modules is None:
-            self.target_modules = short_names(model.config, self.cls.default_targets)
         # peft would match the tables and the head, too. An adapter of them could not be merged if they are one tensor
         named = named_linears(model)
         found = [one for one in named if self._matches(one, in_blocks)]

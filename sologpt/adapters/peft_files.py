@@ -36,6 +36,7 @@ def write_adapter(folder: str, adapter: Adapter, model_config: GPTConfig, fan_in
     transpose of a Linear's weight in transformers; None: as GPT-2 does, if that is the architecture. Raises InputError.
     """
     config = adapter.config
+    config.complete(model_config)
     transposed = model_config.arch == 'gpt2' if fan_in_fan_out is None else fan_in_fan_out
     settings = {'peft_type': config.cls.peft_type, 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': adapter.base,
                 'inference_mode': True,
