@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -18,8 +19,10 @@ from sologpt.adapters.base import load_base
 from sologpt.adapters.config import AdapterConfig
 from sologpt.adapters.peft_files import CONFIG, WEIGHTS, read_adapter
 from sologpt.adapters.targets import named_linears, short_names
+from sologpt.files.checkpoint import save_checkpoint
 from sologpt.files.families import FAMILIES
 from sologpt.matmuls.held import hold_base
+from sologpt.tokens.tokenizer import Bytes
 
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')  # of transformers about itself
@@ -313,3 +316,20 @@ def test_settings_that_mean_something_else_are_refused(key, value, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(settings | {key: value}))
     with pytest.raises(InputError, match=key):
         read_adapter(tmp_path)
+
+
+def test_a_run_trains_resumes_and_samples_with_parts(project):
+    model = base(vocab_size=256, block_size=16)
+    os.mkdir('base')
+    save_checkpoint('base', {'model': model.state_dict(), 'model_args': model.config.to_save(), 'iter_num': 0,
+                             'tokenizer': Bytes().to_dict()}, best=False)
+    keys = dict(init_from='base', adapter='lora', adapter_r=2, adapter_targets='q_proj,v_proj', loraplus_lr_ratio=4.0,
+                n_head=4, weight_decay=0.0)
+    trained, _ = project.train(**keys)
+    [(name, part), _] = parts(trained['model'])
+    assert name == 'transformer.h.0.attn.c_attn' and all(B.abs().sum() > 0 for B in part.B)
+    _, printed = project.resume(max_iters=8)
+    assert 'iter 8' in printed
+    found = read_adapter('out')
+    assert found.config.target_modules == ['q_proj', 'v_proj'] and len(found.tensors) == 8
+    assert project.sample(temperature=0) != project.sample(out_dir='base', temperature=0)
