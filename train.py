@@ -91,9 +91,9 @@ adapter = ''  # '': train all weights; otherwise lora, dora, vera, bottleneck, p
 adapter_from = ''  # go on from the adapter in this folder: an earlier run's out_dir, or one of peft's
 adapter_r: int | None = None  # the rank, None: 16, or 256 with vera; the width of a bottleneck, None: 64; the number of
 # ... virtual tokens of prompt and prefix, None: 16
-adapter_targets: str | None = None  # the Linears: ends of names, such as attn.c_attn,mlp.c_fc, or a regular expression
-# ... for names such as transformer.h.0.attn.c_attn; None: all of the blocks, with bottleneck the projections into the
-# ... residual stream
+adapter_targets: str | None = None  # the Linears: ends of names, such as attn.c_attn,mlp.c_fc, or q_proj,v_proj with
+# ... arch=llama, or a regular expression for whole names; None: all of the blocks, with bottleneck the projections into
+# ... the residual stream
 adapter_dropout = 0.0  # dropout of the input of A, with lora, dora and vera
 lora_alpha = 32.0  # B A x is multiplied by lora_alpha / adapter_r
 use_rslora = False  # multiply by lora_alpha / sqrt(adapter_r) instead
