@@ -67,5 +67,5 @@ def test_probing_hides_torchs_reasons_alone(monkeypatch):
         warnings.simplefilter('always')
         for dropout in (0.0, 0.5):
             with pytest.raises(RuntimeError, match='No available kernel'):
-                choices._attention_seconds('flash', torch.device('cpu'), torch.float32, (1, 1, 4, 8), dropout)
+                choices._attention_seconds('flash', torch.device('cpu'), torch.float32, (1, 1, 1, 4, 8), dropout)
     assert [str(w.message) for w in shown] == ['another']

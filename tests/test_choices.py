@@ -38,16 +38,16 @@ def test_a_gpus_attention_is_the_kernel_that_is_faster_there(monkeypatch):
     monkeypatch.setattr(choices, '_attention_seconds', lambda kernel, *_: seconds[kernel])
     monkeypatch.setattr(choices.devices, 'device_name', lambda device: 'a GPU')
     find = functools.partial(choices.find_attn_backend, device=torch.device('cuda'), block_size=1024)
-    assert find('auto', dtype='bfloat16', shape=(1, 1, 8, 8)) == ('flash', 'cudnn 2.00 ms, flash 1.00 ms')
-    assert find('auto', dtype='bfloat16')[0] == find('auto', dtype='float32', shape=(1, 1, 8, 8))[0] == 'sdpa'
-    assert find('cudnn', dtype='float16') == find('cudnn', dtype='float16', shape=(1, 1, 8, 8)) == ('cudnn', 'as asked')
+    assert find('auto', dtype='bfloat16', shape=(1, 1, 1, 8, 8)) == ('flash', 'cudnn 2.00 ms, flash 1.00 ms')
+    assert find('auto', dtype='bfloat16')[0] == find('auto', dtype='float32', shape=(1, 1, 1, 8, 8))[0] == 'sdpa'
+    assert find('cudnn', dtype='float16') == find('cudnn', dtype='float16', shape=(1, 1, 1, 8, 8)) == ('cudnn', 'as asked')
 
     def has_none(*_):
         raise RuntimeError('No available kernel')
     monkeypatch.setattr(choices, '_attention_seconds', has_none)
-    assert find('auto', dtype='bfloat16', shape=(1, 1, 8, 8))[0] == 'sdpa'
+    assert find('auto', dtype='bfloat16', shape=(1, 1, 1, 8, 8))[0] == 'sdpa'
     with pytest.raises(InputError, match='attn_backend=flash: torch does not have it on'):
-        find('flash', dtype='float16', shape=(1, 1, 8, 8))
+        find('flash', dtype='float16', shape=(1, 1, 1, 8, 8))
 
 
 @pytest.mark.parametrize('name', ['cudnn', 'flash', 'flex'])

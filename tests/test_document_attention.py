@@ -1,5 +1,4 @@
 import itertools
-import types
 
 import pytest
 import torch
@@ -143,7 +142,7 @@ class Gpu(machine.Machine):
     def find(self, attn_backend='auto', before=None, dropout=0.0, documents=True):
         run = {'chosen': {'a GPU': {'attn_backend': before}}} if before else {}
         config = dict(attn_backend=attn_backend, block_size=64, document_mask=documents, dropout=dropout)
-        return self._find_attention(config, types.SimpleNamespace(n_head=2, head_dim=16), run, documents)
+        return self._find_attention(config, GPTConfig(n_head=2, n_embd=32), run, documents)
 
 
 @pytest.fixture(autouse=True)

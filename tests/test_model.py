@@ -90,7 +90,8 @@ def test_initial_loss_is_that_of_a_uniform_guess(arch, within):
 
 PARTS = [dict(norm='rmsnorm'), dict(positions='rotary'), dict(qk_norm=True), dict(activation='relu2'),
          dict(embd_norm=True), dict(tied=False), dict(zero_init=True), dict(bias=False), dict(smear=True)]
-KINDS = [dict(), dict(arch='modern'), dict(arch='modern', smear=True)]
+KINDS = [dict(), dict(arch='modern'), dict(arch='modern', smear=True),
+         dict(arch='llama', n_kv_head=1, head_dim=16, bias='qkv', qk_norm='gain', window=5, windowed=[1])]
 
 
 @pytest.mark.parametrize('part', PARTS)

@@ -7,6 +7,7 @@ GPU it is replayed as a CUDA graph, which is a single launch. The idea is gpt-fa
 (https://github.com/meta-pytorch/gpt-fast).
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from sologpt.inference.contexts import FixedCache, KVCache
 from sologpt.inference.generation import Step
 from sologpt.machine.devices import matmul_dtype
+
+
+LEAST_ROOM = 1024  # positions in a fixed cache, if the model has so many
 
 
 class BiasApart(nn.Linear):
@@ -40,7 +44,8 @@ class BiasApart(nn.Linear):
 
 class CompiledStep(Step):
     """
-    A Step that is compiled when it first begins, and again when the batch, the dtype or the device changes.
+    A Step that is compiled when it first begins, and again when the batch, the dtype or the device changes, or if a
+    cache has more positions than there is room for.
 
     On a GPU, each call overwrites the logits that the call before it returned. The values of weights may change, but
     not their addresses.
@@ -50,6 +55,7 @@ class CompiledStep(Step):
         """model: its Linears with a bias are replaced by BiasApart. backend: torch.compile's."""
         super().__init__(model)
         self.kind = None  # what the step is compiled for: the batch, the dtype and the device of a cache
+        self.room = 0  # positions in the fixed cache
         self.seconds = 0.0  # spent compiling
         for name, layer in list(model.named_modules()):
             if type(layer) is nn.Linear and layer.bias is not None:
@@ -65,11 +71,13 @@ class CompiledStep(Step):
 
     def begin(self, cache: KVCache) -> None:
         k = cache.layers[0].k
-        kind = len(k), k.dtype, k.device
-        if kind != self.kind:
+        kind, positions = (len(k), k.dtype, k.device), k.size(2)
+        if kind != self.kind or positions > self.room:
             began = time.perf_counter()
             self.ids = torch.zeros(len(k), 1, dtype=torch.long, device=k.device)
-            self.cache, self.kind = FixedCache(cache, self.model.config.block_size), kind
+            # a power of two, so that longer and longer texts are seldom compiled for
+            self.room = min(max(LEAST_ROOM, 2 ** math.ceil(math.log2(positions))), self.model.config.block_size)
+            self.cache, self.kind = FixedCache(cache, self.room), kind
             if k.device.type == 'cuda':
                 self.run = self._capture()
             else:

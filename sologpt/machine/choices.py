@@ -85,14 +85,14 @@ def attention_misfit(name: str, device: torch.device, dtype: str, dropout: float
 
 
 def find_attn_backend(name: str, device: torch.device, dtype: str, block_size: int,
-                      shape: tuple[int, int, int, int] | None = None, dropout: float = 0.0) -> tuple[str, str]:
+                      shape: tuple[int, int, int, int, int] | None = None, dropout: float = 0.0) -> tuple[str, str]:
     """
     (a backend, why): the attention kernel for 'auto', or the given one if this GPU has it.
 
     On a CPU 'auto' goes by length: up to 1024 tokens (in float32, 512) two plain matmuls and a softmax are faster than
     torch's flash kernel, whose small inner products run at a fraction of the matmul rate. On a GPU in 16 bits 'auto'
-    measures forward and backward with `shape`, (B, H, T, hd), and `dropout`; None leaves the choice to torch. Raises
-    InputError.
+    measures forward and backward with `shape`, (B, H, G, T, hd) for H heads of queries and G of keys, and `dropout`;
+    None leaves the choice to torch. Raises InputError.
     """
     if name not in ('auto', 'sdpa', 'math', 'flex', *GPU_ATTENTION):
         raise InputError(f'attn_backend={name!r} is not known: use auto, sdpa, math, flex, '
@@ -145,11 +145,12 @@ def _linear_seconds(dtype: torch.dtype, rows: int, n_in: int, n_out: int) -> flo
 def _attention_seconds(kernel: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...],
                        dropout: float) -> float:
     """Seconds of causal attention, forward and backward. Raises RuntimeError if torch does not have the kernel here."""
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+    B, H, G, T, hd = shape
+    q, k, v = (torch.randn(B, heads, T, hd, device=device, dtype=dtype).requires_grad_() for heads in (H, G, G))
 
     def run():
         with sdpa_kernel(GPU_ATTENTION[kernel]), warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='(?s).*/sdp_utils')  # why the GPU does not have the kernel
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=H != G)
         torch.autograd.grad(y, (q, k, v), y.detach())
     return clock.shortest_seconds(run, device, budget=0.1)

@@ -48,12 +48,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = 
     """Attention by torch's fused kernels for any length and any mask: (B, H, T, hd)."""
     if q.size(2) == 1 and mask is not None:
         return single_query(q, k, v, dropout, mask)
-    if mask is not None:  # on a GPU, no fused kernel takes both a mask and shared heads (transformers#39412)
-        k, v = (for_each_query(z, q.size(1)) for z in (k, v))
+    grouped = q.size(1) != k.size(1)
+    if grouped and (mask is not None or not takes_grouped_queries(q)):
+        grouped, (k, v) = False, (for_each_query(z, q.size(1)) for z in (k, v))
     is_causal = mask is None and q.size(2) > 1
     with sdpa_kernel(ANY_LENGTH, set_priority=True) if q.is_cuda else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal,
-                                              enable_gqa=q.size(1) != k.size(1))
+                                              enable_gqa=grouped)
 
 
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
@@ -63,6 +64,16 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | 
     """
     k, v = (for_each_query(z, q.size(1)) for z in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def takes_grouped_queries(q: Tensor) -> bool:
+    """
+    Whether a fused kernel of torch takes q, (B, H, T, hd), with fewer heads of keys and values, if there is no mask. On
+    a GPU only flash does, which is for 16 bits and not for every GPU. The others leave such heads to torch's math.
+    """
+    if q.device.type != 'cuda':
+        return q.device.type == 'cpu'
+    return q.dtype != torch.float32 and (bool(torch.version.hip) or torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
 def for_each_query(z: Tensor, H: int) -> Tensor:

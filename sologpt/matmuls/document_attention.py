@@ -56,13 +56,13 @@ def block_mask(starts: Tensor) -> BlockMask:
 DOCUMENT_MASK = {'flex': block_mask}
 
 
-def find_document_attention(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int]
+def find_document_attention(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
                             ) -> tuple[str, str]:
     """
     ('flex' or 'sdpa', why): the kernel that is faster on a GPU, each with the mask that it takes. It is measured in
     compiled code, forward and backward, with one document in each row: the case in which flex skips least.
 
-    dtype: 16 bits. shape: (B, H, T, hd). If flex does not compile there, the reason says why.
+    dtype: 16 bits. shape: (B, H, G, T, hd) for H heads of queries and G of keys. If flex does not compile there, the reason says why.
     """
     try:
         seconds = {name: _attention_seconds(name, device, dtype, shape) for name in ('flex', 'sdpa')}
@@ -74,8 +74,9 @@ def find_document_attention(device: torch.device, dtype: torch.dtype, shape: tup
 def _attention_seconds(name, device, dtype, shape):
     """Seconds of one kernel, forward and backward, and of making its mask."""
     make_mask = DOCUMENT_MASK.get(name, dense_mask)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-    starts = torch.zeros(shape[0], shape[2], device=device, dtype=torch.int32)
+    B, H, G, T, hd = shape
+    q, k, v = (torch.randn(B, heads, T, hd, device=device, dtype=dtype).requires_grad_() for heads in (H, G, G))
+    starts = torch.zeros(B, T, device=device, dtype=torch.int32)
 
     @torch.compile(dynamic=False)
     def attend(q, k, v, starts):

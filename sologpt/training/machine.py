@@ -75,11 +75,12 @@ class Machine:
         before = self.chosen_before(run).get('attn_backend', 'auto')
         if name == 'auto' and not misfit(before):
             name = before
-        shape = (8, model_config.n_head, T, model_config.head_dim)
+        shape = (8, model_config.n_head, model_config.n_kv_head, T, model_config.head_dim)
         if name == 'auto' and documents and self.device.type == 'cuda':
             if why := misfit('flex'):
                 return 'sdpa', f'flex {why}'
             return find_document_attention(self.device, devices.DTYPES[self.dtype], shape)
+        needs_mask = needs_mask or any((model_config.window_of(i) or T) < T for i in range(model_config.n_layer))
         return choices.find_attn_backend(name, self.device, self.dtype, T, None if needs_mask else shape,
                                          config['dropout'])
 
