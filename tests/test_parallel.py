@@ -211,6 +211,8 @@ def test_what_does_not_combine_with_shares(project, monkeypatch, overrides, mess
 # ---- in this process alone -------------------------------------------------------------------------------------------
 
 CPU = torch.device('cpu')
+KINDS = [dict(arch='gpt2'), dict(arch='modern'),
+         dict(arch='llama', n_kv_head=1, bias='qkv', qk_norm='gain', window=5)]
 N_LAYER = 10  # more than the compiler's limit of versions of a function
 
 
@@ -262,11 +264,11 @@ def loss_and_gradients(loss_of, model, dtype):
 
 @pytest.mark.parametrize('recompute', [False, True, 'selective'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-def test_each_block_of_a_sharded_model_is_one_compiled_graph(alone, backend, arch, dtype, recompute):
+@pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind['arch'])
+def test_each_block_of_a_sharded_model_is_one_compiled_graph(alone, backend, kind, dtype, recompute):
     from torch._dynamo.utils import counters
     counters.clear()
-    config = dict(arch=arch, zero_init=False, checkpoint_activations=recompute)
+    config = dict(**kind, zero_init=False, checkpoint_activations=recompute)
     whole, model = new_model(**config), new_model(**config)
     expected = loss_and_gradients(whole.loss, whole, dtype)
     sharding.shard(model, CPU, dtype, compile=True)
@@ -275,7 +277,8 @@ def test_each_block_of_a_sharded_model_is_one_compiled_graph(alone, backend, arc
     # the compiled matmuls are autocast's, and the gains of norms are not rounded to the dtype
     torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
     shares = {name: grad.full_tensor() for name, grad in gradients.items()}
-    torch.testing.assert_close(shares, expected[1], rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    rtol, atol = (0.02, 2e-4) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+    torch.testing.assert_close(shares, expected[1], rtol=rtol, atol=atol)
 
 
 def test_compiled_blocks_of_a_sharded_model_follow_a_recipe_until_it_ends(alone, backend):
@@ -293,9 +296,9 @@ def test_compiled_blocks_of_a_sharded_model_follow_a_recipe_until_it_ends(alone,
     assert losses[0] != losses[1] and backend.runs == [6, 8, 6]
 
 
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-def test_a_sharded_model_draws_text_without_compiling(alone, backend, arch):
-    model = new_model(arch=arch, zero_init=False)
+@pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind['arch'])
+def test_a_sharded_model_draws_text_without_compiling(alone, backend, kind):
+    model = new_model(**kind, zero_init=False)
     idx = torch.tensor([[1, 2, 3]])
     expected = model.generate(idx, 20, temperature=0, window_step=4)
     sharding.shard(model, CPU, torch.float32, compile=True)
@@ -307,12 +310,12 @@ def test_a_sharded_model_draws_text_without_compiling(alone, backend, arch):
 
 
 @pytest.mark.parametrize('recompute', [False, True, 'selective'])
-@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-def test_a_replicated_model_is_one_compiled_graph(alone, backend, arch, recompute):
+@pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind['arch'])
+def test_a_replicated_model_is_one_compiled_graph(alone, backend, kind, recompute):
     """In steps of two micro-batches, and without a warning of torch."""
     from torch._dynamo.utils import counters
     counters.clear()
-    config = dict(n_layer=2, arch=arch, zero_init=False, checkpoint_activations=recompute)
+    config = dict(n_layer=2, **kind, zero_init=False, checkpoint_activations=recompute)
     whole, model = new_model(**config), new_model(**config)
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -1,6 +1,7 @@
 """
 The GPU memory that a training run will take, and the largest micro-batch that fits in --memory GB. It is foreseen
 without a GPU and without the weights, for three ways to train: all weights as the config has it, LoRA, and QLoRA.
+init_from may also be a folder with nothing but a config.json, or a name in LLAMA_SIZES.
 
 --check=True also runs the step on this machine's device, and says what it took.
 """
@@ -19,6 +20,8 @@ from sologpt.adapters.adapter import Adapter, model_class
 from sologpt.adapters.config import AdapterConfig
 from sologpt.bench import process
 from sologpt.bench.sweep import tokens_of_step
+from sologpt.files.checkpoint import find_checkpoint
+from sologpt.files.hf_models import read_hf_config
 from sologpt.files.models import read_model
 from sologpt.machine import devices
 from sologpt.tokens import data_folder
@@ -30,8 +33,26 @@ from sologpt.training.loss import TrainingLoss
 from sologpt.training.micro_batch import divisors
 from sologpt.training.optimizers import build_optimizer
 
-SIZES = {  # of OpenAI's GPT-2: n_layer, n_head, n_embd
+GPT2_SIZES = {  # of OpenAI's GPT-2: n_layer, n_head, n_embd
     'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280), 'gpt2-xl': (48, 25, 1600)}
+
+
+def _llama(n_layer, n_head, n_kv_head, n_embd, n_inner, vocab_size, block_size, **parts):
+    return dict(arch='llama', n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_inner=n_inner,
+                vocab_size=vocab_size, block_size=block_size, **{'tied': True, **parts})
+
+
+QWEN3 = dict(head_dim=128, qk_norm='gain')
+LLAMA_SIZES = {  # by the name of the repository, without its owner
+    'SmolLM2-135M': _llama(30, 9, 3, 576, 1536, 49152, 8192),
+    'SmolLM2-360M': _llama(32, 15, 5, 960, 2560, 49152, 8192),
+    'SmolLM2-1.7B': _llama(24, 32, 32, 2048, 8192, 49152, 8192),
+    'TinyLlama-1.1B': _llama(22, 32, 4, 2048, 5632, 32000, 2048, tied=False),
+    'Llama-3.2-1B': _llama(16, 32, 8, 2048, 8192, 128256, 131072),
+    'Llama-3.2-3B': _llama(28, 24, 8, 3072, 8192, 128256, 131072),
+    'Qwen2.5-3B': _llama(36, 16, 2, 2048, 11008, 151936, 32768, bias='qkv'),
+    'Qwen3-0.6B': _llama(28, 16, 8, 1024, 3072, 151936, 40960, **QWEN3),
+    'Qwen3-1.7B': _llama(28, 16, 8, 2048, 6144, 151936, 40960, **QWEN3)}
 COLUMNS = {'weights': 8, 'gradients': 9, 'optimizer': 9, 'activations': 11, 'logits, rest': 12, 'peak': 7}  # widths
 LORA = {'adapter': 'lora', 'weights_dtype': 'float32', 'optimizer': 'adamw', 'matmul': ''}
 RATES = {'learning_rate': 0.0, 'muon_lr': 0.0, 'embd_lr': None, 'head_lr': None, 'weight_decay': 0.0}
@@ -111,16 +132,20 @@ def _sequences(options, given):
 def model_config(options: dict) -> GPTConfig:
     """The GPTConfig of the model that train.py would build of these keys. Raises InputError."""
     source = options['init_from']
-    if source == 'scratch' or source in SIZES:
+    if source in LLAMA_SIZES:
+        return GPTConfig(**LLAMA_SIZES[source])
+    if source == 'scratch' or source in GPT2_SIZES:
         folder, meta = os.path.join('data', options['dataset'] or 'openwebtext'), data_folder.ASSUMED_META
         if data_folder.token_files(folder, 'train'):
             meta = data_folder.read_meta(folder)
         elif source == 'scratch':
             print(f"there are no token files in {folder}: taken to be of GPT-2's vocabulary")
-        if source in SIZES:
-            options = options | dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[source], strict=True), arch='gpt2')
+        if source in GPT2_SIZES:
+            options = options | dict(zip(('n_layer', 'n_head', 'n_embd'), GPT2_SIZES[source], strict=True), arch='gpt2')
             meta = data_folder.ASSUMED_META
         return new_model_config(options, meta['vocab_size'])
+    if os.path.isfile(os.path.join(source, 'config.json')) and not find_checkpoint(source):
+        return GPTConfig(**read_hf_config(source))
     model_args, _, _ = read_model(options['out_dir'] if source == 'resume' else source)
     return GPTConfig.from_saved(model_args)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from configurator import InputError
 from sologpt.files.families import FAMILIES
 from sologpt.files.family import ACTIVATIONS, EMBEDDINGS, LINEARS, Family, Tensors, stays_tied, take
-from sologpt.files.safetensors_files import read_hf_folder, write_tensors
+from sologpt.files.safetensors_files import read_hf_folder, read_json, write_tensors
 from sologpt.matmuls.elementwise import RMS_EPS
 
 Tensor = torch.Tensor
@@ -52,16 +52,30 @@ def read_hf_model(source: str) -> tuple[dict, MutableMapping[str, Tensor], str, 
     part that this project does not have.
     """
     settings, theirs, folder = read_hf_folder(source)
-    name = settings.get('model_type')
-    if name not in FAMILIES:
-        raise InputError(f'{source}: config.json has model_type={name!r}; only {", ".join(FAMILIES)} can be loaded')
+    name, config = _read_config(settings, source)
     family = FAMILIES[name]
-    config = family.read_config(settings, source)
     theirs = _with_full_names(family, theirs)
     if config['tied'] and 'lm_head.weight' in theirs:  # transformers ties them only if they are equal
         config['tied'] = torch.equal(theirs['lm_head.weight'], theirs[f'{family.modules["transformer.wte"][0]}.weight'])
     own = _from_theirs(family, config, theirs, source)
-    return config | {'activation': ACTIVATIONS.get(config['activation'], config['activation'])}, own, name, folder
+    return _with_our_activation(config), own, name, folder
+
+
+def read_hf_config(folder: str) -> dict:
+    """GPTConfig's keys of a folder with config.json, which needs no weights. Raises InputError."""
+    return _with_our_activation(_read_config(read_json(os.path.join(folder, 'config.json')), folder)[1])
+
+
+def _read_config(settings, source):
+    """(the name of the family, GPTConfig's keys but with their name of the activation) of config.json's content."""
+    name = settings.get('model_type')
+    if name not in FAMILIES:
+        raise InputError(f'{source}: config.json has model_type={name!r}; only {", ".join(FAMILIES)} can be loaded')
+    return name, FAMILIES[name].read_config(settings, source)
+
+
+def _with_our_activation(config):
+    return config | {'activation': ACTIVATIONS.get(config['activation'], config['activation'])}
 
 
 def _with_full_names(family, theirs):

@@ -32,12 +32,12 @@ def read_hf_folder(source: str) -> tuple[dict, Tensors, str]:
     huggingface_hub. A tensor is read from the file when it is used. Raises InputError.
     """
     find = _find_in_folder(source) if os.path.isdir(source) else _find_on_hub(source)
-    config = _read_json(find('config.json'))
+    config = read_json(find('config.json'))
     single = find(WEIGHTS, optional=True)
     if single:
         return config, _read_tensors(single), os.path.dirname(single)
     index = find(INDEX)
-    files, tensors = _read_json(index).get('weight_map'), {}
+    files, tensors = read_json(index).get('weight_map'), {}
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise InputError(f'{index} is damaged: its weight_map does not say which tensor is in which file')
     for file in sorted(set(files.values())):
@@ -47,7 +47,8 @@ def read_hf_folder(source: str) -> tuple[dict, Tensors, str]:
     return config, tensors, os.path.dirname(index)
 
 
-def _read_json(path):
+def read_json(path: str) -> dict:
+    """The object in a file of JSON. Raises InputError."""
     try:
         with open(path, encoding='utf-8') as f:
             content = json.load(f)

@@ -19,7 +19,6 @@ from sologpt.inference.contexts import FixedCache, KVCache
 from sologpt.inference.generation import Step
 from sologpt.machine.devices import matmul_dtype
 
-
 LEAST_ROOM = 1024  # positions in a fixed cache, if the model has so many
 
 

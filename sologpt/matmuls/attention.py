@@ -73,7 +73,8 @@ def takes_grouped_queries(q: Tensor) -> bool:
     """
     if q.device.type != 'cuda':
         return q.device.type == 'cpu'
-    return q.dtype != torch.float32 and (bool(torch.version.hip) or torch.cuda.get_device_capability(q.device) >= (8, 0))
+    has_flash = bool(torch.version.hip) or torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return has_flash and q.dtype != torch.float32
 
 
 def for_each_query(z: Tensor, H: int) -> Tensor:

@@ -62,7 +62,8 @@ def find_document_attention(device: torch.device, dtype: torch.dtype, shape: tup
     ('flex' or 'sdpa', why): the kernel that is faster on a GPU, each with the mask that it takes. It is measured in
     compiled code, forward and backward, with one document in each row: the case in which flex skips least.
 
-    dtype: 16 bits. shape: (B, H, G, T, hd) for H heads of queries and G of keys. If flex does not compile there, the reason says why.
+    dtype: 16 bits. shape: (B, H, G, T, hd) for H heads of queries and G of keys. If flex does not compile there, the
+    reason says why.
     """
     try:
         seconds = {name: _attention_seconds(name, device, dtype, shape) for name in ('flex', 'sdpa')}

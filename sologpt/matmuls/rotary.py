@@ -94,9 +94,27 @@ def rotation(positions: Tensor, radians: Tensor, magnitude: float, dtype: torch.
 
     The angles are in float32: in 16 bits, neighbouring positions of a long text would be one.
     """
+    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return (rotation_once if is_compiled else _rotation)(positions, radians, magnitude, dtype)
+
+
+def _rotation(positions, radians, magnitude, dtype):
     angles = torch.outer(positions.float(), radians.float())[:, None]
     cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+
+
+# torch.compile would compute every cos and sin again in each block, for all heads, forward and backward
+@torch.library.custom_op('sologpt::rotation', mutates_args=())
+def rotation_once(positions: Tensor, radians: Tensor, magnitude: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """rotation(), as one operation."""
+    return _rotation(positions, radians, magnitude, dtype)
+
+
+@rotation_once.register_fake
+def _(positions, radians, magnitude, dtype):
+    shape = len(positions), 1, 2 * len(radians)
+    return radians.new_empty(shape, dtype=dtype), radians.new_empty(shape, dtype=dtype)
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:

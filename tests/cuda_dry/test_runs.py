@@ -42,6 +42,12 @@ def attention_as_promised(dry: DryRun, step: TrainingStep) -> None:
     assert len(kernels) >= 2 * TINY['n_layer'] and all(ATTENTION[promised] in name for name in kernels)
 
 
+def efficient_attention(dry: DryRun, step: TrainingStep) -> None:
+    """A mask goes to the kernel that takes one."""
+    kernels = [event.name for event in step.micro_steps[1] if isinstance(event, Op) and event.kind == 'attention']
+    assert all('_efficient_attention' in name for name in kernels)
+
+
 def flex_attention(dry: DryRun, step: TrainingStep) -> None:
     """FlexAttention's kernels run, a forward and two halves of a backward in every layer, and no other attention."""
     kernels = [kernel.name for kernel in launches(step.micro_steps[1], 'triton') if 'flex_attention' in kernel.name]
@@ -113,8 +119,8 @@ ALWAYS = (*RUNS_WELL, attention_as_promised, no_stack)
 @dataclass(frozen=True)
 class Run:
     """
-    A row. Its name is that of a test. keys: beside TINY; 'base' as init_from is a model with random weights. checks:
-    what has to be true.
+    A row. Its name is that of a test. keys: beside TINY; 'base' and 'llama' as init_from are models with random
+    weights, the second one with grouped queries. checks: what has to be true.
     """
     name: str
     card: str
@@ -126,6 +132,7 @@ CARDS = ('T4', 'RTX 3060', 'RTX 4070', 'A100', 'H100', 'RTX 5090')
 MUON = dict(arch='modern', optimizer='muon')
 DOCUMENTS = dict(document_mask=True, attn_backend='flex')
 LORA = dict(init_from='base', adapter='lora')
+LLAMA = dict(init_from='llama')
 RUNS = [
     *(Run('gpt2', card, {}, (*ALWAYS, weight_gradients_in_float32)) for card in CARDS),
     *(Run('modern', card, MUON, (*ALWAYS, weight_gradients_in_float32)) for card in ('T4', 'RTX 4070', 'H100')),
@@ -155,7 +162,20 @@ RUNS = [
         ('mxfp4', 'H100'), ('nvfp4:keep_last=0', 'RTX 5090'), ('fp4_dge', 'RTX 4070'), ('block_dropout:0.1', 'A100'))),
     Run('LoRA', 'RTX 4070', LORA),
     Run('QLoRA', 'RTX 3060', LORA | dict(base_format='nf4'), (*ALWAYS, nf4_is_decoded)),
+    *(Run('llama', card, LLAMA, (*ALWAYS, weight_gradients_in_float32))
+      for card in ('T4', 'RTX 4070', 'H100', 'RTX 5090')),
+    *(Run('llama, float32', card, LLAMA | dict(dtype='float32')) for card in ('T4', 'RTX 4070')),
+    *(Run('llama, document_mask', card, LLAMA | DOCUMENTS, (*RUNS_WELL, flex_attention, no_stack))
+      for card in ('T4', 'H100')),
+    Run('llama, dense document_mask', 'RTX 4070', LLAMA | dict(document_mask=True, attn_backend='sdpa'),
+        (*ALWAYS, efficient_attention)),
+    Run('llama, muon', 'H100', LLAMA | dict(optimizer='muon')),
+    Run('llama, checkpointing selective', 'RTX 4070', LLAMA | dict(checkpoint_activations='selective',
+                                                                   attn_backend='flash')),
+    Run('llama, matmul fp8', 'H100', LLAMA | dict(matmul='fp8'), (*ALWAYS, eight_bits_are_tn)),
+    Run('llama, LoRA', 'RTX 4070', LLAMA | dict(adapter='lora')),
     Run('cuda_graphs', 'RTX 4070', dict(compile='cuda_graphs')),
+    Run('cuda_graphs, llama', 'RTX 4070', LLAMA | dict(compile='cuda_graphs')),
     Run('batch_size auto', 'RTX 4070', dict(batch_size='auto', total_batch_size=8 * 256,
                                             gradient_accumulation_steps=None), (nothing_refused, chose_a_micro_batch)),
     Run('deterministic', 'RTX 4070', dict(deterministic=True)),
@@ -171,13 +191,15 @@ def tokens(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory, tokens):
-    """A checkpoint with random weights."""
-    folder = str(tmp_path_factory.mktemp('base'))
-    model = GPT(GPTConfig(**{key: TINY[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size')}))
-    save_checkpoint(folder, {'model': model.state_dict(), 'model_args': model.config.to_save(), 'iter_num': 0,
-                             'config': {'dataset': tokens}}, best=False)
-    return folder
+def bases(tmp_path_factory, tokens):
+    """Checkpoints with random weights: what init_from is -> the folder."""
+    folders = {}
+    for name, parts in (('base', {}), ('llama', dict(arch='llama', n_kv_head=2))):
+        folders[name] = str(tmp_path_factory.mktemp(name))
+        model = GPT(GPTConfig(**{key: TINY[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size')}, **parts))
+        save_checkpoint(folders[name], {'model': model.state_dict(), 'model_args': model.config.to_save(),
+                                        'iter_num': 0, 'config': {'dataset': tokens}}, best=False)
+    return folders
 
 
 def train(card, tokens, folder, **keys):
@@ -190,8 +212,8 @@ def train(card, tokens, folder, **keys):
 
 
 @pytest.mark.parametrize('run', RUNS, ids=lambda run: f'{run.name}-{run.card}'.replace(' ', '_'))
-def test_run(run, tokens, base, tmp_path):
-    keys = {key: base if value == 'base' else value for key, value in run.keys.items()}
+def test_run(run, tokens, bases, tmp_path):
+    keys = {key: bases[value] if key == 'init_from' else value for key, value in run.keys.items()}
     dry = train(run.card, tokens, tmp_path, **keys)
     for check in run.checks:
         check(dry, dry.training_steps()[-1])
