@@ -1,6 +1,7 @@
 import base64
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT, TINY, options
 
 from configurator import InputError, resolve
-from model import GPTConfig
+from model import GPT, GPTConfig
 from sologpt.adapters.methods import METHODS
 from sologpt.bench import (
     ablation,
@@ -508,6 +509,27 @@ def test_plan_without_data_or_weights(project, run_bench, monkeypatch):
         assert row['steps'][0]['peak'] == pytest.approx(row['steps'][0]['measured'], rel=0.1)
     assert measured['figures']['rows']['full']['largest'] is None
     assert 'a single sequence does not fit in 0.0001 GB' in out
+
+
+@pytest.mark.parametrize('name, millions', [
+    ('SmolLM2-135M', 134.5), ('Qwen3-0.6B', 596.0), ('TinyLlama-1.1B', 1100.0), ('Llama-3.2-1B', 1235.8),
+    ('SmolLM2-1.7B', 1711.4), ('Qwen2.5-3B', 3085.9), ('Llama-3.2-3B', 3212.7)])
+def test_known_sizes_have_as_many_parameters(name, millions):
+    default, _ = resolve(f'{ROOT}/train.py', [])
+    model = GPT.skeleton(plan.model_config(default | dict(init_from=name)))
+    assert model.n_params() / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_a_folder_with_nothing_but_a_config_is_planned(tmp_path):
+    default, _ = resolve(f'{ROOT}/train.py', [])
+    (tmp_path / 'config.json').write_text(json.dumps(dict(
+        model_type='qwen2', hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=300, max_position_embeddings=128, tie_word_embeddings=True)))
+    shape = plan.model_config(default | dict(init_from=str(tmp_path)))
+    assert shape.parts_of('attn.c_attn') == [64, 32, 32] and shape.bias == 'qkv' and shape.tied
+    (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match="model_type='bert'; only gpt2, "):
+        plan.model_config(default | dict(init_from=str(tmp_path)))
 
 
 @pytest.mark.parametrize('keys', [

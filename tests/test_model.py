@@ -11,7 +11,7 @@ from model import GPT, GPTConfig, Rotary
 from sologpt.inference.contexts import Context
 from sologpt.inference.generation import sample
 from sologpt.machine.devices import autocast
-from sologpt.matmuls import attention, elementwise
+from sologpt.matmuls import attention, chunked_loss, elementwise
 from sologpt.matmuls.chunked_loss import ChunkedCrossEntropy, loss_of_logits
 from sologpt.matmuls.rotary import rotate
 from sologpt.training.loss import TrainingLoss
@@ -382,6 +382,16 @@ def test_chunked_loss_holds_no_full_logits():
     with Watch():
         m.loss(idx, idx).backward()
     assert largest <= max(500 * 16, 8 * 500) < 64 * 500  # the embedding table is the largest
+
+
+def test_a_cpu_computes_the_loss_of_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(chunked_loss, 'PIECE', 100)  # of 33 ids: 3 rows
+    logits, targets = torch.randn(16, 33).bfloat16(), torch.randint(-1, 33, (16, 1))
+    expected, dlogits = chunked_loss.loss_at_once(logits, targets, True)
+    for with_grad in (False, True):
+        loss, found = loss_of_logits(logits, targets, with_grad)
+        torch.testing.assert_close(loss, expected)
+    assert torch.equal(found, dlogits) and found.data_ptr() == logits.data_ptr()
 
 
 @pytest.mark.parametrize('kind', KINDS)

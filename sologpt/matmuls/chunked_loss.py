@@ -14,6 +14,9 @@ from sologpt.matmuls.ordinary import add_product
 Tensor = torch.Tensor
 
 
+PIECE = 2 ** 21  # logits that a CPU has in float32 at a time: they stay in its cache, and are not allocated anew
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
     Mean cross-entropy of x @ weight.T in nats, `chunk` rows at a time.
@@ -58,8 +61,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def loss_of_logits(logits: Tensor, targets: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """
     (the summed cross-entropy of logits, (n, V), against targets, (n, 1); its gradient for the logits, in their dtype,
-    or None). A target of -1 is ignored.
+    or None). A target of -1 is ignored. The gradient may take the memory of the logits.
     """
+    if logits.device.type != 'cpu' or torch.compiler.is_compiling():
+        return loss_at_once(logits, targets, with_grad)
+    loss, rows = 0.0, max(1, PIECE // logits.size(1))
+    for of_piece, target_rows in zip(logits.split(rows), targets.split(rows), strict=True):
+        more, dlogits = loss_at_once(of_piece, target_rows, with_grad)
+        loss += more
+        if with_grad:
+            of_piece.copy_(dlogits)
+    return loss, logits if with_grad else None
+
+
+def loss_at_once(logits: Tensor, targets: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """loss_of_logits() as a GPU computes it."""
     kept, targets = targets != -1, targets.clamp(min=0)
     logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -(logp.gather(1, targets) * kept).sum()

@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from sologpt.matmuls.products import cast
+
 RMS_EPS = 1e-6  # in every norm without a gain
 
 
@@ -23,9 +25,7 @@ class rms_norm(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square() / x.size(-1) + RMS_EPS)
-        y = x * scale
-        if y.dtype != x.dtype:  # a `to` without effect, when compiled by torch 2.11, gives wrong gradients
-            y = y.to(x.dtype)
+        y = cast(x * scale, x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
@@ -54,17 +54,18 @@ class rms_norm_with_gain(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square() / x.size(-1) + eps)
         ctx.save_for_backward(x, gain, scale)
-        return (x * scale).mul_(gain).to(x.dtype)
+        return cast(x * scale * gain, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, gain, scale = ctx.saved_tensors
-        rows, g, s = (z.flatten(0, -2).float() for z in (x, grad, scale))
+        rows, g = (cast(z.flatten(0, -2), torch.float32) for z in (x, grad))
+        s = scale.flatten(0, -2)
         product = g * rows
         d_gain = torch.mv(product.mT, s.squeeze(1)) if ctx.needs_input_grad[1] else None
         along = torch.mv(product, gain).unsqueeze(1) * s.square() / -x.size(-1)
         dx = (g * gain).addcmul_(rows, along).mul_(s)
-        return dx.to(x.dtype).view_as(x), d_gain, None
+        return cast(dx, x.dtype).view_as(x), d_gain, None
 
 
 class swiglu(torch.autograd.Function):

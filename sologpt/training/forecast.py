@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sologpt.machine import devices
 from sologpt.matmuls.attention import ATTENTION
+from sologpt.matmuls.chunked_loss import loss_at_once, loss_of_logits
 from sologpt.training import schedules
 from sologpt.training.liveness import Alive, Liveness, nbytes
 from sologpt.training.loss import TrainingLoss
@@ -99,7 +100,10 @@ def _step(model, make_optimizer, batch_size, block_size, dtype, compile, offload
                 model.set_submodule(name, LayerNormInFloat32(module))
     with mode:
         x = torch.zeros(batch_size, block_size, dtype=torch.int64)
-        activations, forward, backward = (_compiled if compile else _eager)(model, x, x.clone(), dtype)
+        if compile:
+            activations, forward, backward = _compiled(model, x, x.clone(), dtype)
+        else:
+            activations, forward, backward = _eager(model, x, x.clone(), dtype, loss_at_once if gpu else loss_of_logits)
     batch = 4 * nbytes([x])  # with its targets, and the next one, which is on its way
     elsewhere = state if offloaded else 0
     held = weights + state + gradients
@@ -150,11 +154,11 @@ def _update(model, make_optimizer):
         return gradients, alive.now, alive.peak
 
 
-def _eager(model, x, y, dtype):
+def _eager(model, x, y, dtype, piece):
     """Bytes that a micro-step makes: (kept for the backward, the forward's peak, the backward's peak)."""
     with Alive([x, y, *model.parameters(), *model.buffers()]) as alive:
         with devices.autocast(CPU, dtype):
-            loss = model.loss(x, y)
+            loss = model.loss(x, y, piece)
         kept, forward = alive.now, alive.peak
         alive.forget_peak()
         loss.backward()
