@@ -118,10 +118,12 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor
     if mask is not None:
         return _by_products(q, k, v, dropout, mask)
     rows = T if T < 512 else math.ceil(T / 4)  # in shorter texts the matmuls would be too small
-    return torch.cat([
-        _by_products(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], dropout,
-                     causal_mask(end - begin, end, q.device))
-        for begin in range(0, T, rows) for end in (min(begin + rows, T),)], dim=2)
+    results, end = [], 0
+    for queries in q.split(rows, dim=2):
+        end += queries.size(2)
+        mask = causal_mask(queries.size(2), end, q.device)
+        results.append(_by_products(queries, k[:, :, :end], v[:, :, :end], dropout, mask))
+    return torch.cat(results, dim=2)
 
 
 def _by_products(q, k, v, dropout, mask):

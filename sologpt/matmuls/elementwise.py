@@ -85,8 +85,13 @@ class swiglu(torch.autograd.Function):
     def backward(ctx, grad):
         x, = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
-        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat([d_gate, grad * F.silu(gate)], dim=-1)
+        if torch.compiler.is_compiling():
+            return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+        dx = torch.empty_like(x)  # both halves are written where they belong
+        d_gate, d_up = dx.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=d_gate)
+        return dx
 
 
 class relu_squared(torch.autograd.Function):
