@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from configurator import InputError
 from sologpt.adapters.bank import Bank
+from sologpt.inference import compiled_step
 from sologpt.inference.compiled_step import CompiledStep
 from sologpt.inference.contexts import FixedCache
 from sologpt.inference.generation import Step, lists_of, sample
@@ -40,6 +41,18 @@ def test_greedy_text_is_that_without_a_cache_and_compiled_once(kind):
     idx = torch.randint(33, (1, 5))  # another batch
     assert torch.equal(m.generate(idx, 9, temperature=0, step=step), m.generate(idx, 9, temperature=0))
     assert counter.frame_count == 2
+
+
+def test_a_compiled_step_has_room_for_the_text_and_not_for_all_positions(monkeypatch):
+    monkeypatch.setattr(compiled_step, 'LEAST_ROOM', 4)
+    m = varied(block_size=200, arch='llama', n_kv_head=1, window=5, windowed=[0])
+    step, counter = compiled(m)
+    rooms = []
+    for n in (2, 3, 9, 60, 20, 250):
+        assert torch.equal(m.generate(IDX[:, :1], n, temperature=0, window_step=9, step=step),
+                           m.generate(IDX[:, :1], n, temperature=0, window_step=9))
+        rooms.append(step.cache.layers[0].k.size(2))
+    assert rooms == [4, 4, 16, 64, 64, 200] and counter.frame_count == 4
 
 
 @pytest.mark.parametrize('kind', [dict(), dict(arch='modern', smear=True)])

@@ -182,6 +182,7 @@ def test_moments_and_weights_in_other_formats(keep, dtype):
             assert (p != 1).all()
 
 
+@pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
 @pytest.mark.parametrize('window', [1, 5, 128, 200, 300])
 @pytest.mark.parametrize('T', [256, 300])
 def test_blocks_of_windows_within_documents_are_the_dense_mask(T, window):
