@@ -1,6 +1,7 @@
 """Training with arch='llama': gradients against transformers, and what else of training meets its parts."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
 from sologpt.bench.plan import measured_step
+from sologpt.files.checkpoint import save_checkpoint
 from sologpt.files.families import FAMILIES
 from sologpt.inference.contexts import Documents
 from sologpt.machine.devices import autocast
@@ -228,3 +230,20 @@ def test_a_step_takes_the_memory_that_was_foreseen(changes):
         return adamw(model, 0.0, 0.1, (0.9, 0.95))
     foreseen = Forecast(model, optimizer, 64, 'bfloat16', gpu=False).at(40).peak
     assert foreseen == pytest.approx(measured_step(model, optimizer(model), 40, 64, 'bfloat16'), rel=0.03)
+
+
+@pytest.mark.parametrize('keys', [
+    dict(matmul='ternary'), dict(matmul='sparse24:until=1.0'), dict(prune='0.5:0.0-0.5'),
+    dict(optimizer='muon', weights_dtype='bfloat16', dtype='bfloat16'), dict(deterministic=True, document_mask=True),
+    dict(batch_size='auto', total_batch_size=128, gradient_accumulation_steps='None')], ids=str)
+def test_runs_begin_from_it_and_draw_text(project, keys):
+    """Of a base with 16 positions, bytes, grouped queries and a window in one block."""
+    model = small(block_size=16, vocab_size=256, window=5, windowed=[0], n_embd=32, n_head=4)
+    os.mkdir('base')
+    save_checkpoint('base', {'model': model.state_dict(), 'model_args': model.config.to_save(), 'iter_num': 0}, False)
+    ran, _ = project.train(**dict(init_from='base', n_head=4, max_iters=3) | keys)
+    assert ran['model'].config.n_kv_head == 2 and ran['progress'].iter_num == 3
+    if 'dtype' not in keys:
+        assert len(project.sample(start='ab')) > 10
+    if 'prune' in keys:
+        assert (ran['model'].transformer.h[0].mlp.c_fc.weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
