@@ -95,7 +95,7 @@ def test_what_cannot_be_exported(tuned):
     tuned.train(out_dir='other', max_iters=1, seed=5)
     tuned.export(to='peft', adapters='a', dest='only')
     for keys, message in (
-            (dict(to='gguf'), "to='gguf' is not known"), (dict(adapters=''), 'adapters is empty'),
+            (dict(to='exe'), "to='exe' is not known"), (dict(adapters=''), 'adapters is empty'),
             (dict(dest=''), 'dest is empty'), (dict(weights='1,2'), 'has 2 of them, and adapters 1'),
             (dict(weights='x'), 'must be numbers'),
             (dict(weights='nan'), 'must be numbers'), (dict(dtype='int8'), "dtype='int8' is not known"),

@@ -272,6 +272,30 @@ def test_a_finetuned_model_keeps_the_files_of_its_origin(project):
     assert 'iter 2:' in said
 
 
+def test_from_an_adapter_to_one_file_for_llama_cpp(project):
+    """A base, a LoRA trained on it, and export.py --to=gguf, which merges it; read back by transformers."""
+    pytest.importorskip('gguf')
+    write_folder(pathlib.Path('base'), bytes_bpe(bos=False))
+    text = transformers.AutoTokenizer.from_pretrained('base')
+    tiny('llama', num_hidden_layers=2, vocab_size=len(text) + 5, hidden_size=96).save_pretrained('base')
+    folder = pathlib.Path('data/own')
+    write_tokens(folder, *([i % 90 for i in range(2000)] for _ in range(2)), vocab_size=len(text),
+                 tokenizer=read_model('base')[2]['tokenizer'])
+    project._in_process('train.py', [f'--{key}={value}' for key, value in dict(
+        init_from='base', dataset='own', block_size=16, max_iters=2, out_dir='out', device='cpu', dtype='float32',
+        peak_flops=1e12, eval_iters=1, eval_interval=1, batch_size=2, gradient_accumulation_steps=1, warmup_iters=1,
+        learning_rate=0.1, adapter='lora', adapter_targets='q_proj,up_proj').items()])
+    _, said = project._in_process('export.py', ['--to=gguf', '--adapters=out', '--dest=gguf', '--dtype=float32'])
+    assert 'llama in float32 for llama.cpp' in said
+    project._in_process('export.py', ['--to=merged', '--adapters=out', '--dest=merged'])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained('gguf', gguf_file='model.gguf', dtype=torch.float32)
+    close('merged', theirs.eval())
+    base = GPT.from_pretrained('base').eval()
+    assert (base(IDS, IDS)[0] - theirs(IDS).logits).abs().max() > 0.1
+    with pytest.raises(InputError, match="dtype='q8_0' is not known"):
+        project._in_process('export.py', ['--to=hf', '--adapters=out', '--dest=x', '--dtype=q8_0'])
+
+
 @pytest.mark.parametrize('kind, parts', [
     ('llama', {}), ('llama', dict(n_kv_head=1, tied=True, n_inner=40, rope_base=5e5)), ('qwen2', dict(bias='qkv')),
     ('qwen3', dict(qk_norm='gain', head_dim=4))])

@@ -21,12 +21,12 @@ from sologpt.tokens.tokenizer import tokenizer_by_name
 
 size = 40000  # how many characters of the chapters to train on; 0: all
 tokenizer = 'bytes'  # or an encoding of tiktoken, a FILE.tiktoken or tokenizer.json, or a model's folder or name
-name = 'pydoc'  # the folder in data/ to write; other tokenizers need another
+name: str | None = None  # the folder in data/ to write; None: this script's, which is for bytes
 configure(globals())
 
-if not re.fullmatch(r'\w[\w.-]*', name) or name == 'pydoc' and tokenizer != 'bytes':
-    raise InputError(f'--name={name} --tokenizer={tokenizer}: give the name of a folder in data/; that of pydoc is for '
-                     f'bytes')
+if not re.fullmatch(r'\w[\w.-]*', name or 'pydoc') or name is None and tokenizer != 'bytes':
+    raise InputError(f'--name={name} --tokenizer={tokenizer}: another tokenizer needs another folder in data/: give '
+                     f'its name')
 try:
     from pydoc_data.topics import topics
 except ImportError:
@@ -34,5 +34,6 @@ except ImportError:
 chapters = [topics[name] for name in sorted(topics)]
 train = '\0'.join(chapter for i, chapter in enumerate(chapters) if i % 10)[:size or None].split('\0')
 version = '.'.join(map(str, sys.version_info[:3]))
-write_texts(Path(__file__).parents[1] / name, tokenizer_by_name(tokenizer), {'train': train, 'val': chapters[::10]},
+folder = Path(__file__).parents[1] / name if name else Path(__file__).parent
+write_texts(folder, tokenizer_by_name(tokenizer), {'train': train, 'val': chapters[::10]},
             source=f"language reference of Python {version}, {len(chapters)} chapters of pydoc's topics")

@@ -8,7 +8,8 @@ low-rank adapters have the same rank on the same Linears. The learning rate is 0
 log the same losses, as far as bfloat16 allows.
 
 Each measurement is a process of its own, and the rows take turns. Here that is train.py. There are several ways to use
-the peer. Each is tried first, and the fastest is measured. A side that fails is recorded as failed.
+the peer. Each is tried first, and the fastest is measured. The peer is not compiled; here `full` is. A side that fails
+is recorded as failed.
 
 Time is the median step without the first one, and then the median over the runs. Memory is the most that a process has
 held: of a GPU, as torch's allocator has it; on a CPU all of it, without what the imports alone take.
@@ -35,7 +36,7 @@ RANK, ALPHA, TRIAL_STEPS = 16, 32.0, 2
 ROWS = {  # name -> train.py's keys
     'lora': {'adapter': 'lora', 'base_format': 'bfloat16'},
     'qlora': {'adapter': 'lora', 'base_format': 'nf4'},
-    'full': {'adapter': '', 'weights_dtype': 'bfloat16'},
+    'full': {'adapter': '', 'weights_dtype': 'float32', 'compile': True},
 }
 SAME = {'dtype': 'bfloat16', 'adapter_from': '', 'adapter_r': RANK, 'adapter_targets': None, 'lora_alpha': ALPHA,
         'learning_rate': 0, 'total_batch_size': None, 'gradient_accumulation_steps': 1, 'grad_clip': 1.0,

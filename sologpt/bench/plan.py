@@ -1,7 +1,7 @@
 """
 The GPU memory that a training run will take, and the largest micro-batch that fits in --memory GB. It is foreseen
 without a GPU and without the weights, for three ways to train: all weights as the config has it, LoRA, and QLoRA.
-init_from may also be a folder with nothing but a config.json, or a name in LLAMA_SIZES.
+init_from may also be a folder with nothing but a config.json, or a model in LLAMA_SIZES, with its owner or without.
 
 --check=True also runs the step on this machine's device, and says what it took.
 """
@@ -132,8 +132,9 @@ def _sequences(options, given):
 def model_config(options: dict) -> GPTConfig:
     """The GPTConfig of the model that train.py would build of these keys. Raises InputError."""
     source = options['init_from']
-    if source in LLAMA_SIZES:
-        return GPTConfig(**LLAMA_SIZES[source])
+    name = source.rsplit('/', 1)[-1]
+    if name in LLAMA_SIZES and not os.path.isdir(source):
+        return GPTConfig(**LLAMA_SIZES[name])
     if source == 'scratch' or source in GPT2_SIZES:
         folder, meta = os.path.join('data', options['dataset'] or 'openwebtext'), data_folder.ASSUMED_META
         if data_folder.token_files(folder, 'train'):

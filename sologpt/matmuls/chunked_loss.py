@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from sologpt.matmuls.ordinary import add_product
+from sologpt.matmuls.ordinary import add_product, product_in
 
 Tensor = torch.Tensor
 
@@ -35,7 +35,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         count = (targets != -1).sum().clamp(min=1)
         loss = torch.zeros((), device=x.device, dtype=torch.float32)
         dx = torch.empty_like(x) if need_x else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        dweight = None
         # all chunks are of one size where it divides N: each size is compiled
         chunks = zip(x.split(chunk), targets.unsqueeze(1).split(chunk), strict=True)
         for i, (x_rows, target_rows) in enumerate(chunks):
@@ -43,7 +43,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += of_chunk
             if need_x:
                 torch.mm(dlogits, weight, out=dx.narrow(0, i * chunk, len(x_rows)))
-            if need_weight:
+            if need_weight and len(x) <= chunk:
+                dweight = product_in(ctx.weight_dtype, dlogits.mT, x_rows)
+            elif need_weight:
+                dweight = torch.zeros_like(weight, dtype=torch.float32) if dweight is None else dweight
                 add_product(dweight, dlogits.mT, x_rows)
             del dlogits  # before the next chunk's logits are made
         ctx.save_for_backward(dx, dweight, count)

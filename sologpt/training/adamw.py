@@ -88,22 +88,34 @@ def adamw_step(group: dict, state: dict, moments: tuple, compiled: 'CompiledAdam
         for p in params:
             compiled(p, group, state[p])
         return
+    options = {'fused': group['fused'], 'lr': group['lr'], 'beta1': group['betas'][0], 'beta2': group['betas'][1],
+               'weight_decay': group['weight_decay'], 'eps': group['eps'], 'amsgrad': False, 'maximize': False}
     # Parameters that have copies are updated one at a time, so that only one copy exists at once
     apart = [p for p in params if p.dtype != torch.float32 or first.copied]
     batches = [[p for p in params if p.dtype == torch.float32 and not first.copied], *([p] for p in apart)]
-    beta1, beta2 = group['betas']
     for batch in filter(None, batches):
-        weights, grads = [p.float() for p in batch], [p.grad.float() for p in batch]  # no copy if they are float32
+        weights, grads, steps = list(batch), [p.grad for p in batch], [state[p]['step'] for p in batch]
         averages = [first.read(state[p]['exp_avg'], p) for p in batch]
         squares = [second.read(state[p]['exp_avg_sq'], p) for p in batch]
-        adamw_update(weights, grads, averages, squares, [], [state[p]['step'] for p in batch],
-                     fused=group['fused'], lr=group['lr'], beta1=beta1, beta2=beta2,
-                     weight_decay=group['weight_decay'], eps=group['eps'], amsgrad=False, maximize=False)
-        for p, weight, average, square in zip(batch, weights, averages, squares, strict=True):
+        if batch[0].dtype == torch.float32:
+            adamw_update(weights, grads, averages, squares, [], steps, **options)
+        else:
+            update_bfloat16(weights[0], grads[0], averages[0], squares[0], steps[0], options)
+        for p, average, square in zip(batch, averages, squares, strict=True):
             first.write(state[p]['exp_avg'], average)
             second.write(state[p]['exp_avg_sq'], square)
-            if p.dtype != torch.float32:
-                p.copy_(to_bfloat16_stochastically(weight))
+
+
+def update_bfloat16(weight: torch.Tensor, grad: torch.Tensor, average: torch.Tensor, square: torch.Tensor,
+                    step: torch.Tensor, options: dict) -> None:
+    """AdamW for a parameter in bfloat16, in place. average, square: its moments. options: adamw_update()'s."""
+    # a CPU takes some rows at a time, so that what is computed in float32 stays in its cache
+    rows = max(1, 2 ** 19 // weight[0].numel()) if weight.device.type == 'cpu' else len(weight)
+    for w, g, m, v in zip(*(t.split(rows) for t in (weight.detach(), grad, average, square)), strict=True):
+        updated, counted = w.float(), step.clone()
+        adamw_update([updated], [g.float()], [m], [v], [], [counted], **options)
+        w.copy_(to_bfloat16_stochastically(updated))
+    step += 1
 
 
 # By default Inductor gives 8 rows of 256 to 32 threads, whose registers do not suffice. With this it tries several ways
@@ -152,6 +164,6 @@ def update_rows(first: Moments, second: Moments, weight: torch.Tensor, grad: tor
     v = v + new2 * (g * g - v)
     w = w - decay * w
     w = w - rate * m / (v.sqrt() / correction + eps)
+    weight.copy_(w if weight.dtype == torch.float32 else to_bfloat16_stochastically(w))
     first.encode(m, *average)
     second.encode(v, *square)
-    weight.copy_(w if weight.dtype == torch.float32 else to_bfloat16_stochastically(w))

@@ -65,7 +65,7 @@ def build_model(config: dict, given: list[str], data: Data, machine: Machine, ru
         model_config = with_loss_chunk(model_config, machine.memory)
     torch.manual_seed(config['seed'])
     cls = model_class(adapter and adapter.config)
-    kept = kept_for_base(adapter.base_format) if adapter else ()
+    kept = kept_for_base(adapter.base_format if adapter else config['weights_dtype'])
     model = cls(model_config) if weights is None else cls.from_weights(model_config, weights, source, kept)
     if adapter:
         take_base(adapter, model, source)
